@@ -1,0 +1,40 @@
+"""Fixtures that more than one part's tests use: the real servers, started once a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers.hub import HubServer
+from tests.servers.s3 import S3Server
+
+# No test may use what the developer's own machine would lend it: a stored token, the credentials of an instance's role.
+os.environ["HF_TOKEN_PATH"] = "/nonexistent"  # huggingface_hub reads it once, when it is imported
+os.environ["AWS_METADATA_ENDPOINT"] = "http://127.0.0.1:1"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """The S3 server, whole and with its counts at zero, and the environment that leads to it."""
+    for name, value in s3_server.env().items():
+        monkeypatch.setenv(name, value)
+    s3_server.proxy.reset_counts()
+    yield s3_server
+    s3_server.proxy.heal()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty hub, and the environment that leads to it without a token."""
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server

@@ -1,0 +1,120 @@
+"""``file://``: disks and network mounts of this host, confined to the configured roots.
+
+Confinement is checked on the descriptor, after the kernel has followed every link: what was opened is what is checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+
+from weightcache.config import OriginConfig
+from weightcache.core.ids import Buffer
+from weightcache.core.snapshot import FileEntry, Snapshot, check_path
+from weightcache.core.source import Source
+from weightcache.errors import SourceDenied, SourceError, SourceNotFound
+from weightcache.origin.base import PIECE, check_state, one_file, tree, unavailable
+
+_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # opening a pipe or a terminal must not block or act
+
+
+class FileOrigin:
+    """Local files. A version is (mtime in ns, size, inode): what a rewrite or a replacement cannot leave as it was."""
+
+    def __init__(self, config: OriginConfig) -> None:
+        self._roots = tuple(os.path.realpath(root.expanduser()) for root in config.file_roots)
+
+    async def resolve(self, source: Source) -> Snapshot:
+        return await asyncio.to_thread(self._resolve, source)
+
+    async def read(self, entry: FileEntry, begin: int, end: int) -> Buffer:
+        return await asyncio.to_thread(self._read, entry, begin, end)
+
+    async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
+        for begin in range(0, entry.size, PIECE):
+            yield await self.read(entry, begin, min(begin + PIECE, entry.size))
+
+    async def close(self) -> None:
+        """There is nothing to give up: descriptors live as long as one read."""
+
+    def _resolve(self, source: Source) -> Snapshot:
+        if os.path.isdir(self._confine(source, os.path.realpath(f"/{source.path}"))):
+            return tree(source, self._walk(source))
+        if source.is_tree:
+            raise SourceNotFound(f"{source.public}: no such directory")
+        return one_file(source, self._entry(source, source.path.rpartition("/")[2]))
+
+    def _walk(self, source: Source) -> Iterator[FileEntry]:
+        with _errors(source):
+            top = f"/{source.path}"
+            for directory, inner, names in os.walk(top, onerror=_raise):
+                for name in inner:
+                    if os.path.islink(os.path.join(directory, name)):
+                        raise SourceError(f"{source.public}: {name} is a link to a directory; name its target itself")
+                for name in names:
+                    path = check_path(os.path.relpath(os.path.join(directory, name), top))
+                    yield self._entry(source.child(path), path)
+
+    def _entry(self, source: Source, path: str) -> FileEntry:
+        with self._open(source) as fd:
+            version, size = _state(fd)
+        return FileEntry(path, source, version, size)
+
+    def _read(self, entry: FileEntry, begin: int, end: int) -> Buffer:
+        data = bytearray(end - begin)
+        at = 0
+        with self._open(entry.source) as fd:
+            check_state(entry, *_state(fd))
+            while at < len(data):
+                count = os.preadv(fd, [memoryview(data)[at:]], begin + at)
+                if not count:
+                    break  # truncated meanwhile: the state says so
+                at += count
+            check_state(entry, *_state(fd))
+        if at < len(data):
+            raise SourceError(f"{entry.source.public}: bytes {begin} to {end} are not within its {entry.size}")
+        return data
+
+    @contextmanager
+    def _open(self, source: Source) -> Iterator[int]:
+        with _errors(source):
+            # A name outside the roots is refused before it is touched, so that nothing is learned about it.
+            fd = os.open(self._confine(source, os.path.realpath(f"/{source.path}")), _OPEN)
+            try:
+                self._confine(source, os.readlink(f"/proc/self/fd/{fd}"))
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise SourceError(f"{source.public}: not a regular file")
+                yield fd
+            finally:
+                os.close(fd)
+
+    def _confine(self, source: Source, real: str) -> str:
+        if not self._roots:
+            raise SourceDenied(f"{source.public}: file sources are off; list their directories in origin.file_roots")
+        if not any(os.path.commonpath((root, real)) == root for root in self._roots):
+            raise SourceDenied(f"{source.public}: outside the directories of origin.file_roots")
+        return real
+
+
+def _state(fd: int) -> tuple[str, int]:
+    found = os.fstat(fd)
+    return f"modified:{found.st_mtime_ns}-{found.st_size}-{found.st_ino}", found.st_size
+
+
+@contextmanager
+def _errors(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceNotFound(f"{source.public}: no such file") from None
+    except PermissionError:
+        raise SourceDenied(f"{source.public}: permission denied; let the daemon's user read it") from None
+    except OSError as error:
+        raise unavailable(source, error.strerror or type(error).__name__) from None
+
+
+def _raise(error: OSError) -> None:
+    raise error
