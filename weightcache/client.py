@@ -1,0 +1,341 @@
+"""What a worker calls: the daemon at its socket or, without one, a node embedded in this process, on the same store.
+
+Either way the client speaks HTTP over a Unix socket, so there is one way of doing each thing. An embedded node holds the
+store's lock only while there is work, so several processes without a daemon take turns on one store.
+
+    async with Client() as client:                      with SyncClient() as client:
+        report = await client.pull("hf://org/name")         report = client.pull("hf://org/name")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from weightcache.config import Config, load_config
+from weightcache.errors import DaemonError, StoreInUse, from_wire
+from weightcache.log import fields
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse, ClientSession
+
+log = logging.getLogger(__name__)
+
+STORE_SECONDS = 600.0  # for which an embedded node waits for another process' to leave the store
+STORE_POLL = 0.1
+MAX_LINE = 64 << 20  # bytes of one event: a snapshot of many files is large
+
+Json = dict[str, Any]
+Result = TypeVar("Result")
+Progress = Callable[[Json], None]
+
+
+class Load:
+    """A load in progress. ``snapshot`` says where the files lie (``files[i]["at"]``), mappable at once.
+
+    Iterate it for events ("had", "progress", and last "done" with the report); a failure is raised. Its leases last
+    until ``close``.
+    """
+
+    def __init__(self, response: ClientResponse, snapshot: Json) -> None:
+        self._response = response
+        self.snapshot = snapshot
+
+    async def __aiter__(self) -> AsyncIterator[Json]:
+        async for event in _events(self._response):
+            yield event
+            if event["event"] == "done":
+                return
+        raise DaemonError("the daemon ended in the middle of a load; load again, what has arrived is kept")
+
+    async def report(self, on_event: Progress | None = None) -> Json:
+        """Wait until every byte is had. Returns the report."""
+        async for event in self:
+            if on_event is not None:
+                on_event(event)
+            if event["event"] == "done":
+                return dict(event["report"])
+        raise AssertionError("a load ends with 'done' or an error")
+
+    def close(self) -> None:
+        self._response.close()
+
+
+class Client:
+    """The asynchronous face. ``config`` (default: as the environment and the configuration file say) names the socket.
+
+    ``embed`` False: where no daemon answers there is a DaemonError, and no node in this process. Every method raises the WeightcacheError that the daemon met; DaemonError when it cannot be reached or goes away.
+    """
+
+    def __init__(self, config: Config | None = None, *, embed: bool = True) -> None:
+        self._config = config or load_config()
+        self._may_embed = embed
+        self._session: ClientSession | None = None
+        self._embedded = contextlib.AsyncExitStack()
+        self._own = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Leave the daemon, or end the embedded node and free the store."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+        await self._embedded.aclose()
+        self._own = False
+
+    @property
+    def embedded(self) -> bool:
+        """Whether a node of this process' own answers, for want of a daemon."""
+        return self._own
+
+    # -- loading
+
+    async def load(self, source: str, *, revalidate: bool = False, single: bool = False) -> Load:
+        """Start a load; returns once its files may be mapped. ``single``: refuse what is not one file.
+
+        ``revalidate``: ask the origin for the current version whatever is known.
+        """
+        body = {"source": source, "revalidate": revalidate, "single": single, "hold": True}
+        response = await self._request("POST", "/v1/load", body)
+        async for event in _events(response):
+            return Load(response, event)
+        raise DaemonError("the daemon ended before the load began; load again")
+
+    async def pull(self, source: str, on_event: Progress | None = None, *, revalidate: bool = False) -> Json:
+        """Bring a source here, whole; returns the report. ``on_event`` hears of the snapshot, then of progress."""
+        load = await self.load(source, revalidate=revalidate)
+        try:
+            if on_event is not None:
+                on_event(load.snapshot)
+            return await load.report(on_event)
+        finally:
+            load.close()
+
+    # -- everything else
+
+    async def path(self, source: str) -> Path:
+        """The real path of a complete file, or of a snapshot's directory. Raises UnknownBlob."""
+        return Path((await self._json("POST", "/v1/path", {"source": source}))["path"])
+
+    async def ls(self) -> Json:
+        """Snapshots and blobs of the store."""
+        return dict(await self._json("GET", "/v1/ls"))
+
+    async def status(self) -> Json:
+        return dict(await self._json("GET", "/v1/status"))
+
+    async def peers(self) -> list[Json]:
+        return list(await self._json("GET", "/v1/peers"))
+
+    async def pin(self, names: Iterable[str]) -> list[Json]:
+        """Keep what sources or blob ids name until ``unpin``; it must have been loaded."""
+        return list(await self._json("POST", "/v1/pin", {"names": list(names)}))
+
+    async def unpin(self, names: Iterable[str]) -> list[Json]:
+        return list(await self._json("POST", "/v1/unpin", {"names": list(names)}))
+
+    async def evict(self, names: Iterable[str] | None = None, need: int = 0) -> Json:
+        """Remove what is named, or the least recently used until ``need`` bytes are freed; says what stays, and why."""
+        body = {"names": list(names) if names is not None else None, "need": need}
+        return dict(await self._json("POST", "/v1/evict", body))
+
+    async def manifest(self, source: str) -> list[Json]:
+        """The files of a source with their chunks; an id is None while nobody has read the chunk."""
+        return list(await self._json("POST", "/v1/manifest", {"source": source}))
+
+    async def verify(
+        self,
+        names: Iterable[str] | None = None,
+        on_event: Progress | None = None,
+        *,
+        deep: bool = False,
+        repair: bool = True,
+    ) -> list[Json]:
+        """Read blobs again and mend them; returns a row a blob. ``deep``: by BLAKE3 instead of xxh3-128."""
+        body = {"names": list(names) if names is not None else None, "deep": deep, "repair": repair}
+        rows = []
+        async for event in _events(await self._request("POST", "/v1/verify", body)):
+            if on_event is not None:
+                on_event(event)
+            if event["event"] == "blob":
+                rows.append(event)
+            if event["event"] == "done":
+                return rows
+        raise DaemonError("the daemon ended in the middle of verify; run it again")
+
+    async def _json(self, method: str, path: str, body: Json | None = None) -> Any:
+        async with await self._request(method, path, body) as response:
+            return await response.json()
+
+    async def _request(self, method: str, path: str, body: Json | None = None) -> ClientResponse:
+        from aiohttp import ClientError
+
+        session = self._session or await self._connect()
+        try:
+            response = await session.request(method, f"http://daemon{path}", json=body)
+        except (ClientError, OSError) as error:
+            await self.close()  # whoever is there next time is found then
+            raise DaemonError(f"the daemon at {self._config.socket_path} went away: {error}") from None
+        if response.status != 200:
+            async with response:
+                await _raise(response)
+        return response
+
+    async def _connect(self) -> ClientSession:
+        """A session with the daemon if there is one, else with a node of this process' own."""
+        path = self._config.socket_path
+        if not await _answers(path):
+            if not self._may_embed:
+                raise DaemonError(f"no daemon answers at {path}; start one with: weightcache daemon")
+            path = await self._embed()
+        from aiohttp import ClientSession, ClientTimeout, UnixConnector
+
+        self._session = ClientSession(
+            connector=UnixConnector(str(path), limit=0), timeout=ClientTimeout(total=None), read_bufsize=1 << 20
+        )
+        return self._session
+
+    async def _embed(self) -> Path:
+        from weightcache.daemon import serving  # a worker beside a daemon needs none of it
+        from weightcache.node.node import Node
+
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + STORE_SECONDS
+        told = False
+        while True:
+            node = Node(self._config, serve=False)
+            try:
+                await node.start()
+                break
+            except StoreInUse as error:
+                if await _answers(self._config.socket_path):
+                    return self._config.socket_path
+                if loop.time() > deadline:
+                    raise
+                if not told:
+                    log.warning("waiting for the store", extra=fields(why=str(error)))
+                    told = True
+                await asyncio.sleep(STORE_POLL)
+        self._embedded.push_async_callback(node.stop)
+        self._own = True
+        folder = self._embedded.enter_context(tempfile.TemporaryDirectory(prefix="weightcache-"))
+        path = Path(folder) / "node.sock"
+        await self._embedded.enter_async_context(serving(node, path))
+        return path
+
+
+async def _answers(path: Path) -> bool:
+    """Whether something listens on a Unix socket."""
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def _raise(response: ClientResponse) -> None:
+    text = await response.text()
+    try:
+        body = json.loads(text)
+        raise from_wire(body["error"], body["message"])
+    except (ValueError, KeyError, TypeError):
+        raise DaemonError(f"the daemon answers {response.status}: {text[:200]}") from None
+
+
+async def _events(response: ClientResponse) -> AsyncIterator[Json]:
+    """The lines of a stream; an error among them is raised."""
+    from aiohttp import ClientError
+
+    held = bytearray()
+    try:
+        async for piece in response.content.iter_any():
+            held += piece
+            *lines, rest = held.split(b"\n")
+            if len(rest) > MAX_LINE:
+                raise DaemonError("the daemon sent a line without an end")
+            held = bytearray(rest)
+            for line in lines:
+                event = json.loads(line)
+                if event["event"] == "error":
+                    raise from_wire(event["error"], event["message"])
+                yield event
+    except (ClientError, OSError) as error:
+        raise DaemonError(f"the daemon went away: {error}") from None
+
+
+class SyncClient:
+    """The synchronous face: the same methods, for code without an event loop. It keeps a loop in a thread of its own."""
+
+    def __init__(self, config: Config | None = None) -> None:
+        from weightcache.portal import Portal
+
+        self._portal = Portal()
+        self._client = Client(config)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._run(self._client.close())
+        self._portal.close()
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return self._portal.run(work)
+
+    def pull(self, source: str, on_event: Progress | None = None, *, revalidate: bool = False) -> Json:
+        """See Client.pull. ``on_event`` is called in the client's thread."""
+        return self._run(self._client.pull(source, on_event, revalidate=revalidate))
+
+    def path(self, source: str) -> Path:
+        return self._run(self._client.path(source))
+
+    def ls(self) -> Json:
+        return self._run(self._client.ls())
+
+    def status(self) -> Json:
+        return self._run(self._client.status())
+
+    def peers(self) -> list[Json]:
+        return self._run(self._client.peers())
+
+    def pin(self, names: Iterable[str]) -> list[Json]:
+        return self._run(self._client.pin(names))
+
+    def unpin(self, names: Iterable[str]) -> list[Json]:
+        return self._run(self._client.unpin(names))
+
+    def evict(self, names: Iterable[str] | None = None, need: int = 0) -> Json:
+        return self._run(self._client.evict(names, need))
+
+    def manifest(self, source: str) -> list[Json]:
+        return self._run(self._client.manifest(source))
+
+    def verify(
+        self,
+        names: Iterable[str] | None = None,
+        on_event: Progress | None = None,
+        *,
+        deep: bool = False,
+        repair: bool = True,
+    ) -> list[Json]:
+        return self._run(self._client.verify(names, on_event, deep=deep, repair=repair))

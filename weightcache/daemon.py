@@ -1,0 +1,367 @@
+"""The daemon: a node behind HTTP on a Unix socket, for workers, the command line, and Prometheus.
+
+JSON in, JSON out; what takes a while (load, verify) answers a line of JSON at a time. A load's leases last as long as its
+connection. An error is ``{"error": CLASS, "message": ONE LINE}`` with a status to match; in the middle of a stream it is
+the last line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from aiohttp import web
+
+from weightcache.config import Config, parse_address
+from weightcache.core.manifest import Manifest
+from weightcache.core.snapshot import FileEntry
+from weightcache.errors import (
+    ConfigError,
+    DaemonError,
+    FormatError,
+    SourceDenied,
+    SourceError,
+    SourceNotFound,
+    StoreFull,
+    UnknownBlob,
+    WeightcacheError,
+    to_wire,
+)
+from weightcache.log import fields
+from weightcache.node.node import Node
+
+log = logging.getLogger(__name__)
+
+NEWS_SECONDS = 0.01  # what lands within this time is told together
+PROGRESS_SECONDS = 0.2
+STOP_SECONDS = 1.0  # that connections get to end by themselves
+MAX_BODY = 1 << 20
+
+_NODE = web.AppKey("node", Node)
+_STATUS: tuple[tuple[type[WeightcacheError], int], ...] = (
+    (SourceNotFound, 404),
+    (UnknownBlob, 404),
+    (SourceDenied, 403),
+    (SourceError, 400),
+    (ConfigError, 400),
+    (FormatError, 400),
+    (StoreFull, 507),
+    (WeightcacheError, 502),
+)
+
+Json = dict[str, Any]
+
+
+def build_app(node: Node) -> web.Application:
+    """The whole HTTP face of a node."""
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[_errors])
+    app[_NODE] = node
+    app.add_routes(
+        [
+            web.get("/healthz", _health),
+            web.get("/metrics", _metrics),
+            web.get("/v1/status", _status),
+            web.get("/v1/peers", _peers),
+            web.get("/v1/ls", _ls),
+            web.post("/v1/load", _load),
+            web.post("/v1/path", _path),
+            web.post("/v1/pin", _pin),
+            web.post("/v1/unpin", _unpin),
+            web.post("/v1/evict", _evict),
+            web.post("/v1/verify", _verify),
+            web.post("/v1/manifest", _manifest),
+        ]
+    )
+    return app
+
+
+def build_monitor(node: Node) -> web.Application:
+    """Only what a monitor needs: safe to show on a TCP port."""
+    app = web.Application(client_max_size=1024)
+    app[_NODE] = node
+    app.add_routes([web.get("/healthz", _health), web.get("/metrics", _metrics)])
+    return app
+
+
+# -- requests
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except WeightcacheError as error:
+        status = next(status for kind, status in _STATUS if isinstance(error, kind))
+        return web.json_response(_error(error), status=status)
+
+
+def _error(error: BaseException) -> Json:
+    name, message = to_wire(error)
+    return {"error": name, "message": message}
+
+
+async def _body(request: web.Request, **types: type | tuple[type, ...]) -> Json:
+    """The request's JSON object with just these keys; absent ones are None. Raises ConfigError."""
+    try:
+        body = json.loads(await request.text() or "{}")
+    except ValueError as error:
+        raise ConfigError(f"{request.path}: the body is no JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ConfigError(f"{request.path}: the body is no JSON object")
+    for key, value in body.items():
+        if key not in types or not (value is None or isinstance(value, types[key])):
+            raise ConfigError(f"{request.path}: {key!r} is unknown here or of a wrong type; known: {', '.join(types)}")
+    for key in types:
+        body.setdefault(key, None)
+    return body
+
+
+def _names(body: Json, path: str) -> list[str]:
+    names = body["names"]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: 'names' must be a list of sources or blob ids")
+    return list(names)
+
+
+async def _health(request: web.Request) -> web.Response:
+    return web.json_response({"ok": True})
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    from weightcache.metrics import CONTENT_TYPE, render  # only who scrapes pays for it
+
+    return web.Response(body=render(request.app[_NODE]), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _status(request: web.Request) -> web.Response:
+    return web.json_response(request.app[_NODE].status())
+
+
+async def _peers(request: web.Request) -> web.Response:
+    return web.json_response(request.app[_NODE].peers())
+
+
+async def _ls(request: web.Request) -> web.Response:
+    return web.json_response(await request.app[_NODE].listing())
+
+
+async def _path(request: web.Request) -> web.Response:
+    body = await _body(request, source=str)
+    return web.json_response({"path": str(await request.app[_NODE].path(body["source"] or ""))})
+
+
+async def _pin(request: web.Request) -> web.Response:
+    return await _set_pin(request, on=True)
+
+
+async def _unpin(request: web.Request) -> web.Response:
+    return await _set_pin(request, on=False)
+
+
+async def _set_pin(request: web.Request, *, on: bool) -> web.Response:
+    names = _names(await _body(request, names=list), request.path)
+    infos = await asyncio.to_thread(request.app[_NODE].upkeep.pin, names, on=on)
+    rows = [{"blob": info.blob.hex(), "path": info.name, "size": info.size, "pinned": info.pinned} for info in infos]
+    return web.json_response(rows)
+
+
+async def _evict(request: web.Request) -> web.Response:
+    body = await _body(request, names=list, need=int)
+    if not body["names"] and not body["need"]:
+        raise ConfigError("/v1/evict: give 'names' of what is to go, or 'need', the bytes to be freed")
+    names = _names(body, request.path) if body["names"] else None
+    return web.json_response(await request.app[_NODE].upkeep.evict(names, body["need"] or 0))
+
+
+async def _manifest(request: web.Request) -> web.Response:
+    body = await _body(request, source=str)
+    found = await request.app[_NODE].manifests(body["source"] or "")
+    return web.json_response(await asyncio.to_thread(lambda: [_show(*item) for item in found]))
+
+
+def _show(entry: FileEntry, manifest: Manifest) -> Json:
+    chunks = []
+    for index, (offset, length) in enumerate(manifest.plan):
+        name = manifest.id(index)
+        chunks.append({"offset": offset, "length": length, "id": name.hex() if name else None})
+    return {
+        "path": entry.path,
+        "source": entry.source.public,
+        "version": entry.version,
+        "size": entry.size,
+        "blob": entry.blob.hex(),
+        "checked": manifest.checked,
+        "chunks": chunks,
+    }
+
+
+# -- streams
+
+
+async def _lines(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    return response
+
+
+async def _say(response: web.StreamResponse, line: Json) -> None:
+    await response.write(json.dumps(line).encode() + b"\n")
+
+
+async def _verify(request: web.Request) -> web.StreamResponse:
+    body = await _body(request, names=list, deep=bool, repair=bool)
+    upkeep = request.app[_NODE].upkeep
+    blobs = await asyncio.to_thread(upkeep.chosen, _names(body, request.path) if body["names"] else None)
+    response = await _lines(request)
+    await _say(response, {"event": "verifying", "blobs": len(blobs)})
+    async for outcome in upkeep.verify(blobs, deep=bool(body["deep"]), repair=body["repair"] is not False):
+        await _say(response, {"event": "blob"} | dataclasses.asdict(outcome))
+    await _say(response, {"event": "done"})
+    return response
+
+
+async def _load(request: web.Request) -> web.StreamResponse:
+    body = await _body(request, source=str, revalidate=bool, single=bool, hold=bool)
+    news: dict[int, list[tuple[int, int]]] = {}
+    arrived = asyncio.Event()
+
+    def on_had(file: int, begin: int, end: int) -> None:
+        news.setdefault(file, []).append((begin, end))
+        arrived.set()
+
+    node = request.app[_NODE]
+    async with node.load(body["source"] or "", on_had, revalidate=bool(body["revalidate"])) as loading:
+        await loading.opened(single=bool(body["single"]))  # what fails before the first byte has a status of its own
+        response = await _lines(request)
+        await _say(response, loading.describe())
+        teller = asyncio.ensure_future(_tell(response, loading.progress, news, arrived))
+        try:
+            report = await loading.finished()
+        except WeightcacheError as error:
+            await _stop(teller)
+            await _say(response, {"event": "error"} | _error(error))
+            return response
+        finally:
+            await _stop(teller)
+        await _tell_once(response, news)
+        await _say(response, {"event": "done", "report": report.to_json()})
+        if body["hold"]:
+            await asyncio.Event().wait()  # the leases last until the client is gone, which cancels this
+    return response
+
+
+async def _tell(
+    response: web.StreamResponse,
+    progress: Callable[[], Json],
+    news: dict[int, list[tuple[int, int]]],
+    arrived: asyncio.Event,
+) -> None:
+    loop = asyncio.get_running_loop()
+    told = 0.0
+    while True:
+        await arrived.wait()
+        await asyncio.sleep(NEWS_SECONDS)
+        arrived.clear()
+        await _tell_once(response, news)
+        if loop.time() - told >= PROGRESS_SECONDS:
+            told = loop.time()
+            await _say(response, progress())
+
+
+async def _tell_once(response: web.StreamResponse, news: dict[int, list[tuple[int, int]]]) -> None:
+    told = dict(news)
+    news.clear()
+    for file, ranges in told.items():
+        await _say(response, {"event": "had", "file": file, "ranges": ranges})
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+# -- running it
+
+
+@contextlib.asynccontextmanager
+async def serving(node: Node, path: Path) -> AsyncIterator[None]:
+    """Answer on a Unix socket for as long as the block runs. Raises DaemonError if somebody else does already."""
+    _clear(path)
+    runner = web.AppRunner(build_app(node), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_SECONDS)
+    await runner.setup()
+    try:
+        await web.UnixSite(runner, str(path)).start()
+        os.chmod(path, 0o660)
+        yield
+    finally:
+        await runner.cleanup()
+        path.unlink(missing_ok=True)
+
+
+def _clear(path: Path) -> None:
+    """Remove what a daemon that was killed left at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise DaemonError(f"socket {path}: {error.strerror}; choose another --socket") from None
+    raise DaemonError(f"another daemon answers at {path}; stop it, or choose another --socket")
+
+
+async def run(config: Config, ready: Callable[[Node], None]) -> None:
+    """Run a daemon until SIGTERM or SIGINT. ``ready`` is called once it answers."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    node = Node(config)
+    await node.start()
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(serving(node, config.socket_path))
+            if config.metrics is not None:
+                await stack.enter_async_context(_monitoring(node, config.metrics))
+            log.info("daemon ready", extra=fields(socket=str(config.socket_path), pid=os.getpid()))
+            ready(node)
+            await stop.wait()
+            log.info("daemon stopping", extra=fields(pid=os.getpid()))
+    finally:
+        await node.stop()
+
+
+@contextlib.asynccontextmanager
+async def _monitoring(node: Node, where: str) -> AsyncIterator[None]:
+    address = parse_address(where)
+    runner = web.AppRunner(build_monitor(node), access_log=None, shutdown_timeout=STOP_SECONDS)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, address.host, address.port).start()
+        except OSError as error:
+            raise DaemonError(f"metrics: cannot listen on {address}: {error.strerror}; choose another") from None
+        yield
+    finally:
+        await runner.cleanup()
+
+
+def main(config: Config, ready: Callable[[Node], None]) -> None:
+    """Run a daemon on uvloop, to its end."""
+    uvloop.run(run(config, ready))

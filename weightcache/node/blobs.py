@@ -1,0 +1,204 @@
+"""Brings single blobs: finds out who has one, learns its manifest, reserves its space, hands it to the transfers.
+
+Each blob comes once however many want it: whoever comes later joins. Who brings a blob holds a lease on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from weightcache.core.ids import short
+from weightcache.core.manifest import Manifest, decode_manifest
+from weightcache.core.snapshot import FileEntry
+from weightcache.errors import FormatError
+from weightcache.log import fields
+from weightcache.node.calls import OriginCalls
+from weightcache.node.swarm import Peer, Swarm
+from weightcache.node.transfers import Incoming, Transfers
+from weightcache.store import Store
+
+log = logging.getLogger(__name__)
+
+PEERS_SECONDS = 1.0  # for which a load waits to hear what its peers have before it asks the origin
+MANIFEST_PEERS = 3  # that are asked for a manifest before the origin is
+SMALL = 1 << 20  # bytes: such files go ahead of all others
+
+# In the order of their use by a pipeline: what is needed first comes first.
+_RANKS = (("text_encoder", 1), ("tokenizer", 1), ("image_encoder", 1), ("vae", 3))
+_USUAL = 2
+
+State = bytes | bool
+
+
+def rank(entry: FileEntry) -> int:
+    """How soon a file is needed; a lower rank goes first."""
+    if entry.size < SMALL:
+        return 0
+    component = PurePosixPath(entry.path).parts[0]
+    return next((rank for name, rank in _RANKS if component.startswith(name)), _USUAL)
+
+
+class Blobs:
+    """The blobs of this host that are wanted now, and what peers say to have of them."""
+
+    def __init__(self, store: Store, swarm: Swarm, calls: OriginCalls, transfers: Transfers) -> None:
+        self._store = store
+        self._swarm = swarm
+        self._calls = calls
+        self._transfers = transfers
+        self._states: dict[bytes, dict[bytes, State]] = {}  # wanted blob -> peer -> what it has
+        self._wanting: dict[bytes, int] = {}  # wanted blob -> by how many
+        self._locks: dict[bytes, asyncio.Lock] = {}
+        self._asking: set[asyncio.Future[None]] = set()
+
+    # -- who has what
+
+    async def want(self, blobs: Sequence[bytes]) -> None:
+        """Have peers tell what they have of blobs, until ``unwant``. Waits a moment for their answers."""
+        for blob in blobs:
+            self._wanting[blob] = self._wanting.get(blob, 0) + 1
+            self._states.setdefault(blob, {})
+        asking = asyncio.ensure_future(self._swarm.want(blobs))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        await asyncio.wait([asking], timeout=PEERS_SECONDS)
+
+    def unwant(self, blobs: Sequence[bytes]) -> None:
+        over = []
+        for blob in blobs:
+            self._wanting[blob] -= 1
+            if not self._wanting[blob]:
+                del self._wanting[blob], self._states[blob]
+                over.append(blob)
+        if over:
+            self._swarm.unwant(over)
+
+    def peer_joined(self, peer: Peer) -> None:
+        if self._wanting:
+            asking = asyncio.ensure_future(self._swarm.want(list(self._wanting), [peer]))
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+
+    def peer_left(self, peer: Peer) -> None:
+        for states in self._states.values():
+            states.pop(peer.id, None)
+        self._transfers.peer_left(peer.id)
+
+    def peer_state(self, peer: Peer, blob: bytes, state: State | None) -> None:
+        """All that a peer has of a blob now. A set that does not fit the blob is ignored, and logged."""
+        states = self._states.get(blob)
+        if states is None or peer.bulk is None or self._transfers.lied(peer.id):
+            return
+        if state is None:
+            states.pop(peer.id, None)
+        else:
+            states[peer.id] = state
+        self._transfers.peer_has(peer.id, blob, state)
+
+    def peer_got(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None:
+        if blob in self._states and peer.bulk is not None:
+            self._transfers.peer_got(peer.id, blob, chunks)
+
+    # -- bringing one
+
+    async def bring(self, entry: FileEntry) -> Incoming | None:
+        """Lease a blob and start bringing what is missing of it; None: all of it is here.
+
+        ``want`` it first. Raises StoreFull, OriginUnavailable and their kin; the lease is then given back.
+        """
+        self._store.lease(entry.blob)
+        lock = self._locks.setdefault(entry.blob, asyncio.Lock())
+        try:
+            async with lock:
+                return await self._bring(entry)
+        except BaseException:
+            self._store.release(entry.blob)
+            raise
+        finally:
+            if not lock.locked() and self._locks.get(entry.blob) is lock:
+                del self._locks[entry.blob]
+
+    async def _bring(self, entry: FileEntry) -> Incoming | None:
+        blob = entry.blob
+        coming = self._transfers.incoming(blob)
+        if coming is None:
+            info = self._store.info(blob)
+            if info is not None and info.suspect:
+                await asyncio.to_thread(self._store.recheck, blob)
+                info = self._store.info(blob)
+            if info is not None and info.state == "complete":
+                return None
+            coming = await self._begin(entry)
+        if coming is not None:
+            coming.users += 1
+        return coming
+
+    async def manifest(self, entry: FileEntry) -> Manifest:
+        """What is known of a wanted blob's chunks, by this host, its peers, or the file's header alone."""
+        manifest, _ = await self._manifest(entry)
+        return manifest
+
+    async def _manifest(self, entry: FileEntry) -> tuple[Manifest, bytes | None]:
+        """A manifest, and the peer that told it, if one did."""
+        manifest, teller = self._store.manifest(entry.blob), None
+        if manifest is None:
+            manifest, teller = await self._manifest_of_peers(entry)
+        if manifest is None:
+            manifest = Manifest(entry.blob, await self._calls.plan(entry))
+        return manifest, teller
+
+    async def _begin(self, entry: FileEntry) -> Incoming | None:
+        manifest, teller = await self._manifest(entry)
+        info = await asyncio.to_thread(self._store.create, manifest, entry.path)
+        if info.state == "complete":  # it is empty, or its very bytes are here under another name
+            return None
+        coming = self._transfers.begin(entry, manifest, rank(entry), self._states.get(entry.blob, {}))
+        if teller is not None:
+            coming.claims.add(teller)
+        return coming
+
+    async def _manifest_of_peers(self, entry: FileEntry) -> tuple[Manifest | None, bytes | None]:
+        """A manifest that fits the file, from a peer that has it all or, failing that, some of it."""
+        states = self._states.get(entry.blob, {})
+        holders = sorted(states, key=lambda peer: states[peer] is not True)
+        for peer_id in holders[:MANIFEST_PEERS]:
+            peer = self._swarm.peers.get(peer_id)
+            if peer is None or self._transfers.lied(peer_id):
+                continue
+            data = await self._swarm.manifest(peer, entry.blob)
+            if data is None:
+                continue
+            try:
+                manifest = await asyncio.to_thread(decode_manifest, data)
+                if manifest.blob != entry.blob or manifest.size != entry.size:
+                    raise FormatError("it is another blob's")
+            except FormatError as error:
+                log.warning("peer's manifest ignored", extra=fields(peer=peer_id, blob=short(entry.blob), why=str(error)))
+                continue
+            return manifest, peer_id
+        return None, None
+
+    def leave(self, coming: Incoming) -> None:
+        """One user less; a blob that nobody waits for is not brought any further. What is had stays had."""
+        coming.users -= 1
+        if not coming.users:
+            self._transfers.abandon(coming)
+
+    async def repair(self, entry: FileEntry) -> Incoming | None:
+        """Bring again what was found bad of a blob, and wait for it."""
+        await self.want([entry.blob])
+        try:
+            coming = await self.bring(entry)
+            try:
+                if coming is not None:
+                    await asyncio.shield(coming.done)
+                return coming
+            finally:
+                if coming is not None:
+                    self.leave(coming)
+                self._store.release(entry.blob)
+        finally:
+            self.unwant([entry.blob])

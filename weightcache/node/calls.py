@@ -1,0 +1,83 @@
+"""Questions to the ``origin`` process that have one answer, and the patience to ask them again."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from weightcache.core.layout import ChunkPlan
+from weightcache.core.manifest import MAX_MANIFEST_BYTES, decode_plan
+from weightcache.core.snapshot import MAX_SNAPSHOT_BYTES, FileEntry, Snapshot, decode_snapshot
+from weightcache.core.source import Source
+from weightcache.errors import OriginUnavailable, from_wire
+from weightcache.node.processes import BulkProcess, read_memory_file
+from weightcache.node.transfers import one_file
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
+
+Answer = TypeVar("Answer")
+
+
+class OriginCalls:
+    """``resolve`` and ``plan``, asked of the reader."""
+
+    def __init__(self, reader: BulkProcess, attempts: int) -> None:
+        self._reader = reader
+        self._attempts = attempts
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+
+    async def resolve(self, source: Source) -> Snapshot:
+        """What the origin states the source to be. Raises SourceError and its kin, OriginUnavailable at the last."""
+        return decode_snapshot(await self._patiently(lambda: self._call("resolve", str(source))))
+
+    async def plan(self, entry: FileEntry) -> ChunkPlan:
+        """The chunk plan of a file, from the header that the origin has."""
+        return decode_plan(await self._patiently(lambda: self._call("plan", one_file(entry))))
+
+    async def _call(self, kind: str, argument: Any) -> bytes:
+        number = next(self._numbers)
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        self._reader.start()
+        self._reader.send(kind, number, argument)
+        try:
+            return await future
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _patiently(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Bounded retries with growing, jittered pauses, of what a retry may mend."""
+        pause = FIRST_PAUSE
+        for attempt in itertools.count(1):
+            try:
+                return await ask()
+            except OriginUnavailable as error:
+                if attempt >= self._attempts:
+                    raise OriginUnavailable(f"{error} (asked {attempt} times)") from None
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, LONGEST_PAUSE)
+        raise AssertionError("count has no end")
+
+    def heard(self, message: list[Any], fds: tuple[int, ...]) -> bool:
+        """A message of the reader; whether it answers a call. Takes over its descriptors if so."""
+        match message:
+            case ["answer", number]:
+                data = read_memory_file(fds[0], max(MAX_SNAPSHOT_BYTES, MAX_MANIFEST_BYTES))
+                if (future := self._waiting.get(number)) is not None and not future.done():
+                    future.set_result(data)
+            case ["error", number, name, text]:
+                if (future := self._waiting.get(number)) is not None and not future.done():
+                    future.set_exception(from_wire(name, text))
+            case _:
+                return False
+        return True
+
+    def died(self, reason: str) -> None:
+        """The reader has ended by itself."""
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(OriginUnavailable(reason))

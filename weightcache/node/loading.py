@@ -1,0 +1,254 @@
+"""One source being loaded for one client: from its name to real files, with news on the way.
+
+    async with Loading(...) as loading:          # leases are held in here
+        await loading.opened()                   # snapshot known, space reserved: files may be mapped
+        report = await loading.finished()        # every byte is had, the snapshot's directory is complete
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from weightcache.core.snapshot import FileEntry, Snapshot
+from weightcache.core.source import Source
+from weightcache.errors import LoadFailed, SourceError, WeightcacheError
+from weightcache.node.blobs import Blobs, rank
+from weightcache.node.report import Report, Tally
+from weightcache.node.resolver import Resolver
+from weightcache.node.transfers import Incoming
+from weightcache.store import Store
+
+OPENING = 16  # files whose manifests and space are seen to at once
+
+Had = Callable[[int, int, int], None]  # bytes [begin, end) of file i are had
+
+
+@dataclass(slots=True)
+class File:
+    """One file of the load. ``at``: the blob's real path, mappable at once. ``had``: bytes of it that are had."""
+
+    entry: FileEntry
+    at: Path
+    coming: Incoming | None
+    had: int
+    ranges: list[tuple[int, int]]  # had when it was opened, ascending, joined
+    before: Tally = field(default_factory=Tally)
+    listener: Callable[[int, int], None] | None = None
+
+
+class Loading:
+    """A load in progress. ``on_had`` hears of bytes as they land, on the event loop."""
+
+    def __init__(
+        self,
+        source: Source,
+        store: Store,
+        blobs: Blobs,
+        resolver: Resolver,
+        on_had: Had | None = None,
+        *,
+        revalidate: bool = False,
+    ) -> None:
+        self.source = source
+        self._store = store
+        self._blobs = blobs
+        self._resolver = resolver
+        self._on_had = on_had
+        self._revalidate = revalidate
+        self._tally = Tally()
+        self._stages: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._wanted: list[bytes] = []
+        self._leases: list[bytes] = []
+        self._brought: list[Incoming] = []
+        self.files: list[File] = []
+        self.snapshot: Snapshot | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self.files:
+            self._stop_listening(file)
+        for coming in self._brought:
+            self._blobs.leave(coming)
+        self._blobs.unwant(self._wanted)
+        for blob in self._leases:
+            self._store.release(blob)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the snapshot; 0 until it is known."""
+        return self.snapshot.size if self.snapshot is not None else 0
+
+    @property
+    def done(self) -> int:
+        """Bytes of it that are had."""
+        return sum(file.had for file in self.files)
+
+    def describe(self) -> dict[str, Any]:
+        """What a worker needs in order to map the files: where they lie, and which bytes of them are had."""
+        assert self.snapshot is not None
+        return {
+            "event": "snapshot",
+            "source": self.snapshot.source.public,
+            "revision": self.snapshot.revision,
+            "directory": str(self._store.directory(self.snapshot)),
+            "single": self.snapshot.single,
+            "files": [
+                {"path": file.entry.path, "size": file.entry.size, "at": str(file.at), "had": file.ranges}
+                for file in self.files
+            ],
+        }
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is."""
+        tally = self.tally()
+        return {
+            "event": "progress",
+            "done": self.done,
+            "total": self.total,
+            "bytes_by_source": {"local": tally.local, "peer": tally.peers, "origin": tally.origin},
+        }
+
+    def tally(self) -> Tally:
+        """Bytes by source so far, and what fell back."""
+        total = self._tally.copy()
+        seen: set[bytes] = set()
+        for file in self.files:
+            if file.coming is None:
+                continue
+            if file.entry.blob in seen:  # the same bytes under another name came but once
+                total.local += file.had - sum(end - begin for begin, end in file.ranges)
+            else:
+                seen.add(file.entry.blob)
+                total.add(file.coming.tally.since(file.before))
+        return total
+
+    def _lap(self, stage: str, since: float) -> float:
+        now = time.monotonic()
+        self._stages[stage] = self._stages.get(stage, 0.0) + now - since
+        return now
+
+    async def opened(self, *, single: bool = False) -> Snapshot:
+        """Resolve the source and see to every file's manifest and space; transfers run from then on.
+
+        ``single``: raise SourceError unless the source is one file.
+        """
+        now = time.monotonic()
+        snapshot = await self._resolver.resolve(self.source, self._tally, revalidate=self._revalidate)
+        if single and not snapshot.single:
+            raise SourceError(_not_one_file(snapshot))
+        self.snapshot = snapshot
+        now = self._lap("resolve", now)
+        unique = {entry.blob: entry for entry in snapshot.files}
+        missing = [blob for blob in unique if not self._is_here(blob)]
+        if missing:
+            self._wanted = missing
+            await self._blobs.want(missing)
+        gate = asyncio.Semaphore(OPENING)
+
+        opened: dict[int, File] = {}
+
+        async def bring(index: int, entry: FileEntry) -> None:
+            async with gate:
+                coming = await self._blobs.bring(entry)
+                self._leases.append(entry.blob)
+                if coming is not None:
+                    self._brought.append(coming)
+                opened[index] = self._open(index, entry, coming)
+
+        # Small files and first components open first: their transfers start while others are still seen to.
+        order = sorted(enumerate(snapshot.files), key=lambda item: (rank(item[1]), item[0]))
+        outcomes = await asyncio.gather(*(bring(index, entry) for index, entry in order), return_exceptions=True)
+        self.files = [opened[index] for index in sorted(opened)]
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+        self._lap("plan", now)
+        return snapshot
+
+    def _is_here(self, blob: bytes) -> bool:
+        info = self._store.info(blob)
+        return info is not None and info.state == "complete" and not info.suspect
+
+    def _open(self, index: int, entry: FileEntry, coming: Incoming | None) -> File:
+        at = self._store.path(entry.blob)
+        if coming is None:
+            file = File(entry, at, None, entry.size, [(0, entry.size)] if entry.size else [])
+            self._tally.local += entry.size
+        else:
+            ranges = _joined([coming.manifest.plan.span(chunk) for chunk in coming.had])
+            had = sum(end - begin for begin, end in ranges)
+            file = File(entry, at, coming, had, ranges, coming.tally.copy())
+            self._tally.local += had
+
+            def heard(begin: int, end: int) -> None:
+                file.had += end - begin
+                if self._on_had is not None:
+                    self._on_had(index, begin, end)
+
+            file.listener = heard
+            coming.listeners.append(heard)
+        return file
+
+    def _stop_listening(self, file: File) -> None:
+        if file.coming is not None and file.listener in file.coming.listeners:
+            file.coming.listeners.remove(file.listener)
+
+    async def finished(self) -> Report:
+        """Wait for every byte, link the snapshot's directory, and report. The first failure ends the wait."""
+        assert self.snapshot is not None
+        now = time.monotonic()
+        coming = [file.coming.done for file in self.files if file.coming is not None]
+        if coming:
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_EXCEPTION)
+            for file in self.files:
+                if file.coming is not None and file.coming.done in done:
+                    self._raise(file, file.coming.done.exception())
+        now = self._lap("transfer", now)
+        path = await asyncio.to_thread(self._store.materialise, self.snapshot)
+        self._lap("link", now)
+        if self.snapshot.single:
+            path = path / self.snapshot.files[0].path
+        return Report(
+            str(self.source.public),
+            self.snapshot.revision,
+            str(path),
+            self.snapshot.size,
+            self.tally(),
+            time.monotonic() - self._began,
+            self._stages,
+        )
+
+    def _raise(self, file: File, error: BaseException | None) -> None:
+        if isinstance(error, LoadFailed):
+            raise LoadFailed(f"{file.entry.source.public}: {error}") from None
+        if error is not None:
+            raise type(error)(*error.args) if isinstance(error, WeightcacheError) else error
+
+
+def _not_one_file(snapshot: Snapshot) -> str:
+    names = [entry.path for entry in snapshot.files if entry.path.endswith(".safetensors")]
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    holds = f"name one of its safetensors files: {shown}" if names else "it holds no safetensors file"
+    return f"{snapshot.source.public} is a directory of {len(snapshot.files)} files; {holds}"
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(offset, length) spans as [begin, end) ranges, neighbours joined."""
+    ranges: list[tuple[int, int]] = []
+    for begin, length in sorted(spans):
+        if ranges and ranges[-1][1] == begin:
+            ranges[-1] = (ranges[-1][0], begin + length)
+        else:
+            ranges.append((begin, begin + length))
+    return ranges

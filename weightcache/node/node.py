@@ -1,0 +1,259 @@
+"""One host: store, peers, origin and bulk processes, wired together.
+
+The daemon puts HTTP in front of it; a worker without a daemon runs one of its own (``serve=False``: it asks peers and
+origins, and serves nobody).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from weightcache.version import __version__
+from weightcache.config import Address, Config, cluster_key, parse_address
+from weightcache.core.manifest import Manifest, encode_manifest
+from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
+from weightcache.core.source import Source, parse_source
+from weightcache.directory import Directory, Member, View, open_directory
+from weightcache.errors import UnknownBlob
+from weightcache.log import fields
+from weightcache.node.blobs import Blobs
+from weightcache.node.calls import OriginCalls
+from weightcache.node.loading import Had, Loading
+from weightcache.node.processes import BulkProcess
+from weightcache.node.report import Tally
+from weightcache.node.resolver import Resolver
+from weightcache.node.serving import Serving
+from weightcache.node.swarm import Info, Peer, State, Swarm
+from weightcache.node.transfers import Incoming, Transfers
+from weightcache.node.upkeep import Upkeep
+from weightcache.origin.policy import Policy
+from weightcache.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class Node:
+    """One host. ``start`` it on a running event loop, ``stop`` it there."""
+
+    def __init__(self, config: Config, *, serve: bool = True) -> None:
+        self.config = config
+        self._serve = serve
+        self._directory: Directory | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def start(self) -> None:
+        """Open the store, listen, announce. Raises ConfigError, StoreError, DaemonError; nothing is left running then."""
+        config = self.config
+        config.validate()
+        key = cluster_key(config)
+        policy = Policy(config.origin.allow)
+        self.store = await asyncio.to_thread(Store.open, config.store, config.capacity)
+        self.started = time.time()
+        self.swarm = Swarm(self.store.node_id, key, self)
+        settings = {"key": key or b"", "node_id": self.store.node_id}
+        origin = asdict(config.origin) | {"file_roots": [str(root) for root in config.origin.file_roots]}
+        self._receiver = BulkProcess("recv", settings, self._heard_receiver, self._receiver_died)
+        self._reader = BulkProcess("origin", origin, self._heard_reader, self._reader_died)
+        self._calls = OriginCalls(self._reader, config.origin.attempts)
+        self.transfers = Transfers(
+            self.store, self._receiver, self._reader, config.origin.streams, config.origin.attempts, self._had,
+            self.swarm.peers,
+        )  # fmt: skip
+        self.blobs = Blobs(self.store, self.swarm, self._calls, self.transfers)
+        self.resolver = Resolver(self.store, self.swarm, self._calls, policy.admit, config.fresh)
+        self.serving = Serving(self.store, dict(settings))
+        self.upkeep = Upkeep(self.store, self.blobs, self.transfers, self.serving, self.swarm)
+        try:
+            await self._join(parse_address(config.listen), key)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _join(self, listen: Address, key: bytes | None) -> None:
+        config = self.config
+        control = bulk = ""
+        if self._serve:
+            port = await self.swarm.listen(listen)
+            bulk_port = await self.serving.listen(Address(listen.host, port + 1 if listen.port else 0))
+            self.address = Address(config.advertised, port)
+            control, bulk = str(self.address), str(Address(config.advertised, bulk_port))
+        else:
+            self.address = Address(config.advertised, 0)
+        self.swarm.introduce(Info(config.datacenter, control, bulk, __version__))
+        self._directory = open_directory(config, key)
+        me = Member(self.address.host, self.address.port, self.store.node_id)
+        await self._directory.start(me, self._members_changed)
+        log.info("node started", extra=fields(store=str(config.store), listen=control, bulk=bulk))
+
+    async def stop(self) -> None:
+        """Stop everything. Loads that run end with an error; what they had stays had."""
+        if self._directory is not None:
+            await self._directory.close()
+        await self.upkeep.close()
+        self.transfers.close()
+        await self.swarm.close()
+        await asyncio.gather(self.serving.close(), self._receiver.stop(), self._reader.stop())
+        await asyncio.to_thread(self.store.close)
+
+    def _members_changed(self, view: View) -> None:
+        self.swarm.members(view)
+
+    # -- what bulk processes say
+
+    def _heard_receiver(self, message: list[Any], fds: Sequence[int]) -> None:
+        self.transfers.heard("recv", message)
+
+    def _heard_reader(self, message: list[Any], fds: tuple[int, ...]) -> None:
+        if not self._calls.heard(message, fds):
+            self.transfers.heard("origin", message)
+
+    def _receiver_died(self, reason: str) -> None:
+        self.transfers.died("recv", reason)
+
+    def _reader_died(self, reason: str) -> None:
+        self._calls.died(reason)
+        self.transfers.died("origin", reason)
+
+    def _had(self, coming: Incoming, chunk: int, name: bytes) -> None:
+        """A chunk is had: who serves, who listens."""
+        self.serving.had(coming.blob, chunk, name)
+        if coming.had.is_full:
+            self.swarm.announce_state(coming.blob, has=True)
+            self.upkeep.completed(coming)
+        else:
+            self.swarm.announce(coming.blob, chunk)
+
+    # -- what the swarm asks of this host (Shelf)
+
+    def find(self, source: str) -> bytes | None:
+        parsed = parse_source(source)
+        snapshot = self.store.find_snapshot(parsed) if parsed.scheme != "file" else None
+        return encode_snapshot(snapshot) if snapshot is not None else None
+
+    def state(self, blob: bytes) -> State:
+        info = self.store.info(blob)
+        if info is None or info.suspect or not self._serve:
+            return None
+        return True if info.state == "complete" else self.store.had(blob)
+
+    def manifest(self, blob: bytes) -> bytes | None:
+        manifest = self.store.manifest(blob)
+        return encode_manifest(manifest) if manifest is not None else None
+
+    def peer_joined(self, peer: Peer) -> None:
+        self.blobs.peer_joined(peer)
+
+    def peer_left(self, peer: Peer) -> None:
+        self.blobs.peer_left(peer)
+
+    def peer_state(self, peer: Peer, blob: bytes, state: bytes | bool | None) -> None:
+        self.blobs.peer_state(peer, blob, state)
+
+    def peer_got(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None:
+        self.blobs.peer_got(peer, blob, chunks)
+
+    # -- what clients ask of this host
+
+    def load(self, source: str, on_had: Had | None = None, *, revalidate: bool = False) -> Loading:
+        """A load of ``source``, to be entered with ``async with``. Raises SourceError for what is no source."""
+        return Loading(
+            parse_source(source), self.store, self.blobs, self.resolver, on_had, revalidate=revalidate
+        )
+
+    async def known(self, source: Source) -> Snapshot:
+        """The snapshot of a source that this host has loaded before, or part of it. Raises UnknownBlob."""
+        snapshot = await asyncio.to_thread(self.store.find_snapshot, source)
+        if snapshot is None:
+            raise UnknownBlob(f"{source.public} is not in the store; bring it with: weightcache pull {source.public}")
+        return snapshot
+
+    async def path(self, source: str) -> Path:
+        """The real path of a complete file or snapshot directory. Raises UnknownBlob if any byte is missing."""
+        snapshot = await self.known(parse_source(source))
+        missing = 0
+        for entry in snapshot.files:
+            info = self.store.info(entry.blob)
+            if info is None or info.state != "complete" or info.suspect:
+                missing += 1
+        if missing:
+            name = snapshot.source.public
+            raise UnknownBlob(f"{name}: {missing} of its files are not complete; finish with: weightcache pull {name}")
+        directory = await asyncio.to_thread(self.store.materialise, snapshot)
+        return directory / snapshot.files[0].path if snapshot.single else directory
+
+    async def manifests(self, source: str) -> list[tuple[FileEntry, Manifest]]:
+        """The manifest of each file of a source, as far as this host, its peers, or the file's header tell."""
+        snapshot = await self.resolver.resolve(parse_source(source), Tally())
+        blobs = list({entry.blob for entry in snapshot.files})
+        await self.blobs.want(blobs)
+        try:
+            return [(entry, await self.blobs.manifest(entry)) for entry in snapshot.files]
+        finally:
+            self.blobs.unwant(blobs)
+
+    async def listing(self) -> dict[str, Any]:
+        """What the store holds: snapshots with their files, and every blob."""
+        snapshots = await asyncio.to_thread(self.store.snapshots)
+        infos = {info.blob: info for info in self.store.blobs()}
+        return {
+            "snapshots": [
+                {
+                    "source": snapshot.source.public,
+                    "revision": snapshot.revision,
+                    "size": snapshot.size,
+                    "had": sum(infos[e.blob].had_bytes for e in snapshot.files if e.blob in infos),
+                    "directory": str(self.store.directory(snapshot)),
+                    "files": [{"path": entry.path, "blob": entry.blob.hex()} for entry in snapshot.files],
+                }
+                for snapshot in snapshots
+                if any(entry.blob in infos for entry in snapshot.files)
+            ],
+            "blobs": [asdict(info) | {"blob": info.blob.hex()} for info in infos.values()],
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Facts about this host, for people and programs."""
+        blobs = self.store.blobs()
+        return {
+            "version": __version__,
+            "node": self.store.node_id.hex(),
+            "datacenter": self.config.datacenter,
+            "listen": str(self.address) if self._serve else None,
+            "store": str(self.config.store),
+            "socket": str(self.config.socket_path),
+            "uptime_seconds": round(time.time() - self.started, 3),
+            "blobs": {"complete": sum(b.state == "complete" for b in blobs), "partial": sum(b.state != "complete" for b in blobs)},
+            "bytes": {"used": self.store.used, "capacity": self.store.capacity, "free": self.store.free},
+            "loads": [
+                {"path": c.entry.path, "source": c.entry.source.public, "size": c.entry.size, "had_chunks": len(c.had), "chunks": c.had.size}
+                for c in self.transfers.all()
+            ],
+            "peers": len(self.swarm.peers),
+            "moved": {"origin": self.transfers.moved.origin, "peer": self.transfers.moved.peers, "local": self.transfers.moved.local, "sent": self.serving.sent},
+            "processes": {p.role: p.pid for p in (self.serving.process, self._receiver, self._reader)},
+        }  # fmt: skip
+
+    def peers(self) -> list[dict[str, Any]]:
+        """Who is connected, and which members of the directory are not, with the reason."""
+        rows: list[dict[str, Any]] = []
+        for peer in self.swarm.peers.values():
+            rest = self.transfers.resting(peer.id)
+            rows.append({
+                "address": peer.name, "node": peer.id.hex(), "datacenter": peer.datacenter,
+                "bulk": str(peer.bulk) if peer.bulk else None,
+                "state": "resting" if rest else "connected", "resting_seconds": round(rest, 1),
+                "bytes_per_second": round(self.transfers.rate(peer.id)),
+                "received": self.transfers.moved.peers.get(peer.name, 0), "sent": self.serving.sent.get(peer.id.hex(), 0),
+            })  # fmt: skip
+        rows += [
+            {"address": address, "state": "unreachable", "why": why} for address, why in self.swarm.troubles.items()
+        ]
+        return sorted(rows, key=lambda row: str(row["address"]))
+
+

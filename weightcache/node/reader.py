@@ -1,0 +1,214 @@
+"""The ``origin`` process: resolves sources, reads origins, copies between blobs of this host. Bytes end in ``land``.
+
+Messages to it (arrays; ``call`` and ``request`` are the node's numbers, descriptors come along):
+
+    config {origin settings}            resolve call source            plan call snapshot-of-one-file
+    blob handle snapshot-of-one-file +fd      close handle             cancel [request, ...]
+    read request handle [chunk, ...]    stream request handle [chunk, ...]    copy request handle chunk from +fd
+
+A chunk is (index, offset, length, expected id or b""). From it: ``answer call`` with a memory file, ``error call class
+message``, ``got [[request, index, id, check, length, seconds], ...]``, ``failed [[request, kind, detail, wait, class]]``.
+One read is one attempt: when to try again, and whom to ask instead, is for the planner to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import uvloop
+
+from weightcache.config import OriginConfig
+from weightcache.core.events import Kind
+from weightcache.core.ids import Buffer
+from weightcache.core.landing import ChunkMismatch, land
+from weightcache.core.layout import plan_from_head
+from weightcache.core.manifest import encode_plan
+from weightcache.core.snapshot import FileEntry, decode_snapshot, encode_snapshot
+from weightcache.core.source import parse_source
+from weightcache.errors import OriginUnavailable, WeightcacheError, to_wire
+from weightcache.net.channel import close_all
+from weightcache.net.node_channel import ChannelClosed, NodeChannel
+from weightcache.node.processes import memory_file
+from weightcache.origin import Origins
+
+LANDING_THREADS = 2  # hashing and writing release the interpreter's lock
+Chunk = tuple[int, int, int, bytes]
+
+
+@dataclass(slots=True)
+class _Target:
+    entry: FileEntry
+    fd: int
+
+
+class _DiskError(WeightcacheError):
+    """This host's own disk refused."""
+
+
+class Reader:
+    """The process' state: targets by handle, requests under way."""
+
+    def __init__(self, channel: NodeChannel) -> None:
+        self._channel = channel
+        self._targets: dict[int, _Target] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(LANDING_THREADS, "land")
+        self._origins: Origins | None = None
+
+    async def serve(self) -> None:
+        """Do what the node asks for until it is gone."""
+        while (message := await self._channel.receive()) is not None:
+            self._handle(message.fields, list(message.fds))
+
+    def _handle(self, message: list[Any], fds: list[int]) -> None:
+        match message:
+            case ["config", settings]:
+                self._origins = Origins(OriginConfig(**settings))
+            case ["resolve", call, source]:
+                self._call(call, self._resolve(source))
+            case ["plan", call, file]:
+                self._call(call, self._plan(decode_snapshot(file).files[0]))
+            case ["blob", handle, file]:
+                self._targets[handle] = _Target(decode_snapshot(file).files[0], fds.pop())
+            case ["close", handle]:
+                if (target := self._targets.pop(handle, None)) is not None:
+                    os.close(target.fd)
+            case ["cancel", requests]:
+                for request in requests:
+                    if (task := self._tasks.pop(request, None)) is not None:
+                        task.cancel()
+            case ["read", request, handle, chunks]:
+                self._start(request, self._read(request, self._targets[handle], [tuple(c) for c in chunks]))
+            case ["stream", request, handle, chunks]:
+                self._start(request, self._stream(request, self._targets[handle], [tuple(c) for c in chunks]))
+            case ["copy", request, handle, chunk, begin]:
+                self._start(request, self._copy(request, self._targets[handle], tuple(chunk), fds.pop(), begin))
+        close_all(fds)
+
+    # -- calls: one answer each
+
+    def _call(self, call: int, work: Coroutine[Any, Any, bytes]) -> None:
+        async def answer() -> None:
+            try:
+                fd = memory_file(await work)
+            except Exception as error:  # noqa: BLE001 - every failure is the caller's to see
+                self._post("error", call, *to_wire(error))
+                return
+            self._post("answer", call, fds=[fd])
+
+        task = asyncio.ensure_future(answer())
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def _resolve(self, source: str) -> bytes:
+        assert self._origins is not None
+        return encode_snapshot(await self._origins.resolve(parse_source(source)))
+
+    async def _plan(self, entry: FileEntry) -> bytes:
+        assert self._origins is not None
+        head = await self._origins.head(entry) if entry.size else None
+        # A header may be 100 MB of JSON.
+        return encode_plan(await asyncio.to_thread(plan_from_head, entry.size, head))
+
+    # -- requests: chunks that end in a blob
+
+    def _start(self, request: int, work: Coroutine[Any, Any, None]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except asyncio.CancelledError:
+                pass
+            except Exception as error:  # noqa: BLE001 - every failure routes by its kind
+                self._post("failed", [[request, *_routed(error)]])
+            finally:
+                self._tasks.pop(request, None)
+
+        self._tasks[request] = asyncio.ensure_future(run())
+
+    async def _read(self, request: int, target: _Target, chunks: list[Chunk]) -> None:
+        assert self._origins is not None
+        began = time.monotonic()
+        begin, end = chunks[0][1], chunks[-1][1] + chunks[-1][2]
+        data = memoryview(await self._origins.read(target.entry, begin, end))
+        for chunk in chunks:
+            await self._land(request, target, chunk, data[chunk[1] - begin : chunk[1] + chunk[2] - begin], began)
+
+    async def _stream(self, request: int, target: _Target, chunks: list[Chunk]) -> None:
+        """Read the whole object in order and keep what is wanted of it."""
+        assert self._origins is not None
+        began = time.monotonic()
+        wanted = sorted(chunks, key=lambda chunk: chunk[1])
+        held, at = bytearray(), 0  # ``held`` begins at offset ``at``
+        async for piece in self._origins.stream(target.entry):
+            held += piece
+            while wanted and at + len(held) >= wanted[0][1] + wanted[0][2]:
+                chunk = wanted.pop(0)
+                first = chunk[1] - at
+                data = bytes(memoryview(held)[first : first + chunk[2]])
+                await self._land(request, target, chunk, data, began)
+                del held[: first + chunk[2]]
+                at = chunk[1] + chunk[2]
+            skip = min(len(held), (wanted[0][1] if wanted else target.entry.size) - at)
+            del held[:skip]
+            at += skip
+        if wanted:
+            raise OriginUnavailable(f"{target.entry.source.public}: the answer ended {len(wanted)} chunks early")
+
+    async def _copy(self, request: int, target: _Target, chunk: Chunk, fd: int, begin: int) -> None:
+        began = time.monotonic()
+        try:
+            data = await asyncio.get_running_loop().run_in_executor(self._threads, os.pread, fd, chunk[2], begin)
+        finally:
+            os.close(fd)
+        await self._land(request, target, chunk, data, began)
+
+    async def _land(self, request: int, target: _Target, chunk: Chunk, data: Buffer, began: float) -> None:
+        index, offset, length, expected = chunk
+        fd = os.dup(target.fd)  # the blob may be closed while a thread still writes
+
+        def work() -> tuple[bytes, bytes]:
+            try:
+                return land(fd, offset, data, expected)
+            except OSError as error:
+                raise _DiskError(f"writing the store: {error.strerror}; see its disk") from None
+            finally:
+                os.close(fd)
+
+        name, check = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        self._post("got", [[request, index, name, check, length, time.monotonic() - began]])
+
+    def _post(self, *message: Any, fds: Sequence[int] = ()) -> None:
+        with contextlib.suppress(ChannelClosed):
+            self._channel.post(*message, fds=fds)
+
+
+def _routed(error: BaseException) -> tuple[str, str, float, str]:
+    """A failure as (kind, detail, seconds to wait, class): what the planner routes by."""
+    name, message = to_wire(error)
+    if isinstance(error, ChunkMismatch):
+        return Kind.MISMATCH, message, 0.0, "SourceChanged"
+    if isinstance(error, OriginUnavailable):
+        return Kind.UNAVAILABLE, message, float(getattr(error, "retry_after", None) or 0.0), name
+    if isinstance(error, _DiskError):
+        return Kind.FATAL, message, 0.0, "StoreError"
+    if isinstance(error, WeightcacheError):
+        return Kind.FATAL, message, 0.0, name
+    return Kind.UNAVAILABLE, message, 0.0, "OriginUnavailable"
+
+
+def run_reader(sock: socket.socket) -> None:
+    """Run until the node at the other end is gone."""
+
+    async def serve() -> None:
+        await Reader(NodeChannel(sock)).serve()
+
+    uvloop.run(serve())

@@ -1,0 +1,69 @@
+"""What a load reports: bytes by source, seconds by stage, and why anything fell back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_FALLBACKS = 100  # reasons kept of one load
+
+
+@dataclass(slots=True)
+class Tally:
+    """Bytes of one load by where they came from, and the reasons for what fell back."""
+
+    local: int = 0  # on this host's disk already, or copied there
+    origin: int = 0
+    peers: dict[str, int] = field(default_factory=dict)  # by the peer's control address
+    fallbacks: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        self.local += other.local
+        self.origin += other.origin
+        for peer, size in other.peers.items():
+            self.peers[peer] = self.peers.get(peer, 0) + size
+        for reason in other.fallbacks:
+            self.note(reason)
+
+    def note(self, reason: str) -> None:
+        """Keep a reason, once."""
+        if reason not in self.fallbacks and len(self.fallbacks) < MAX_FALLBACKS:
+            self.fallbacks.append(reason)
+
+    def copy(self) -> Tally:
+        return Tally(self.local, self.origin, dict(self.peers), list(self.fallbacks))
+
+    def since(self, earlier: Tally) -> Tally:
+        """What came after ``earlier`` was copied from this."""
+        peers = {peer: size - earlier.peers.get(peer, 0) for peer, size in self.peers.items()}
+        return Tally(
+            self.local - earlier.local,
+            self.origin - earlier.origin,
+            {peer: size for peer, size in peers.items() if size},
+            self.fallbacks[len(earlier.fallbacks) :],
+        )
+
+
+@dataclass(slots=True)
+class Report:
+    """One finished load, as ``pull --json`` prints it. ``path`` is the snapshot's directory, or its one file."""
+
+    source: str
+    revision: str
+    path: str
+    bytes_total: int
+    tally: Tally
+    seconds: float
+    stages: dict[str, float]  # seconds spent in "resolve", "plan", "transfer", "link"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "revision": self.revision,
+            "path": self.path,
+            "bytes_total": self.bytes_total,
+            "bytes_by_source": {"local": self.tally.local, "peer": self.tally.peers, "origin": self.tally.origin},
+            "seconds": round(self.seconds, 6),
+            "stages": {stage: round(seconds, 6) for stage, seconds in self.stages.items()},
+            "fallbacks": self.tally.fallbacks,
+        }

@@ -1,0 +1,95 @@
+"""From a source to a snapshot: what this host knows, what its peers know, what the origin states.
+
+A source pinned by commit or content needs no second look. A mutable one is believed for ``fresh`` seconds from when
+anyone in the cluster last asked the origin, so hosts that start together ask it about once between them. When the origin
+cannot be reached, the newest state that anyone has seen serves, and the load's report says so. An origin that answers
+"no" (not found, denied) is believed over any memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from weightcache.core.snapshot import Snapshot, decode_snapshot
+from weightcache.core.source import Source
+from weightcache.errors import FormatError, OriginUnavailable
+from weightcache.log import fields
+from weightcache.node.calls import OriginCalls
+from weightcache.node.report import Tally
+from weightcache.node.swarm import Peer, Swarm
+from weightcache.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class Resolver:
+    """Resolves sources, each once at a time."""
+
+    def __init__(
+        self,
+        store: Store,
+        swarm: Swarm,
+        origin: OriginCalls,
+        admit: Callable[[Source], None],
+        fresh: float,
+    ) -> None:
+        self._store = store
+        self._swarm = swarm
+        self._origin = origin
+        self._admit = admit
+        self._fresh = fresh
+        self._running: dict[Source, asyncio.Task[Snapshot]] = {}
+
+    async def resolve(self, source: Source, tally: Tally, *, revalidate: bool = False) -> Snapshot:
+        """The snapshot to load. ``revalidate``: the origin is asked whatever is known. Reasons go to ``tally``.
+
+        Raises SourceError and its kin, or OriginUnavailable when nobody knows the source.
+        """
+        self._admit(source)
+        known = await asyncio.to_thread(self._store.find_snapshot, source)
+        if known is not None and not revalidate and self._is_fresh(known):
+            return known
+        task = self._running.get(source)
+        if task is None:
+            task = asyncio.ensure_future(self._look_up(source, known, tally, revalidate))
+            self._running[source] = task
+            task.add_done_callback(lambda _: self._running.pop(source, None))
+        return await asyncio.shield(task)
+
+    def _is_fresh(self, snapshot: Snapshot) -> bool:
+        age = time.time() - snapshot.resolved_at
+        return snapshot.immutable or -self._fresh < age < self._fresh  # clocks of hosts differ a little
+
+    async def _look_up(self, source: Source, known: Snapshot | None, tally: Tally, revalidate: bool) -> Snapshot:
+        seen: list[tuple[Snapshot, str]] = [(known, "this host")] if known is not None else []
+        if source.scheme != "file":  # a path means something else on every host
+            seen += [(snapshot, peer.name) for peer, snapshot in await self._ask_peers(source)]
+        seen.sort(key=lambda item: item[0].resolved_at, reverse=True)
+        if seen and not revalidate and self._is_fresh(seen[0][0]):
+            snapshot = seen[0][0]
+        else:
+            try:
+                snapshot = await self._origin.resolve(source)
+            except OriginUnavailable as error:
+                if not seen:
+                    raise
+                snapshot, who = seen[0]
+                when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(snapshot.resolved_at))
+                tally.note(f"origin: {error}; using the version that {who} saw at {when}")
+        await asyncio.to_thread(self._store.put_snapshot, snapshot)
+        return snapshot
+
+    async def _ask_peers(self, source: Source) -> list[tuple[Peer, Snapshot]]:
+        found = []
+        for peer, data in await self._swarm.find(str(source)):
+            try:
+                snapshot = decode_snapshot(data)
+            except FormatError as error:
+                log.warning("peer sent a bad snapshot", extra=fields(peer=peer.name, why=str(error)))
+                continue
+            if snapshot.source == source:
+                found.append((peer, snapshot))
+        return found

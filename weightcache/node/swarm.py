@@ -1,0 +1,327 @@
+"""The peers of this host, and what they tell each other: who has what, which state of a source was seen, manifests.
+
+One authenticated control connection a pair of hosts, used from both ends. A host that loads a blob says ``want`` to its
+peers; each answers what it has and, from then on, announces what it gets, in batches, until ``unwant``. So news of a
+chunk costs one small message a batch and listener, and nobody hears of blobs that it does not load.
+
+    call   find SOURCE         -> the newest snapshot this host knows of it, or nil
+    call   want [BLOB, ...]    -> for each: nil (nothing), true (complete), or the set of chunks it has
+    call   manifest BLOB       -> the manifest, or nil
+    notify unwant [BLOB, ...]; got [BLOB, [chunk, ...]]; has BLOB (now complete); gone BLOB (evicted)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgpack
+
+from weightcache.config import Address, parse_address
+from weightcache.core.bitmap import ChunkSet
+from weightcache.core.ids import ID_BYTES
+from weightcache.core.layout import MAX_CHUNKS
+from weightcache.core.source import MAX_SOURCE
+from weightcache.directory.base import Member
+from weightcache.errors import ProtocolError, WeightcacheError
+from weightcache.log import fields
+from weightcache.net.control import ControlConnection, ControlServer, connect
+from weightcache.net.handshake import ItselfError
+
+log = logging.getLogger(__name__)
+
+ANNOUNCE_SECONDS = 0.02  # what a host gets within this time is announced together
+REDIAL_SECONDS = (0.2, 10.0)  # between attempts to reach a member: first, longest
+CALL_SECONDS = 5.0
+ASKED = 8  # peers that are asked about a source
+MAX_WANTED = 4096  # blobs in one message
+
+State = ChunkSet | bool | None  # some, all, or nothing of a blob
+Body = Any
+
+
+class Shelf(Protocol):
+    """What a swarm tells of its own host, and whom it tells news of others."""
+
+    def find(self, source: str) -> bytes | None:
+        """The newest snapshot known of a source, encoded."""
+
+    def state(self, blob: bytes) -> State: ...
+
+    def manifest(self, blob: bytes) -> bytes | None: ...
+
+    def peer_joined(self, peer: Peer) -> None: ...
+
+    def peer_left(self, peer: Peer) -> None: ...
+
+    def peer_state(self, peer: Peer, blob: bytes, state: bytes | bool | None) -> None:
+        """All that a peer has of a blob; bytes are an encoded chunk set, unchecked."""
+
+    def peer_got(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """Another daemon of the cluster, connected. ``name``: its control address, for people."""
+
+    id: bytes
+    name: str
+    datacenter: str
+    bulk: Address | None  # None: it serves nothing
+    connection: ControlConnection
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What a host says of itself when a connection opens."""
+
+    datacenter: str
+    control: str  # HOST:PORT to dial it at; "": it cannot be dialled
+    bulk: str  # likewise; "": it serves nothing
+    version: str
+
+    def encode(self) -> bytes:
+        return bytes(msgpack.packb([self.datacenter, self.control, self.bulk, self.version]))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Info:
+        try:
+            fields = msgpack.unpackb(data)
+        except Exception as error:  # noqa: BLE001 - whatever hostile bytes make a decoder raise
+            raise ProtocolError(f"a peer's introduction is malformed: {type(error).__name__}") from None
+        if not isinstance(fields, list) or len(fields) < 4 or not all(isinstance(f, str) for f in fields[:4]):
+            raise ProtocolError("a peer's introduction is malformed")
+        return cls(*fields[:4])
+
+
+class Swarm:
+    """This host among its peers. ``listen`` None: it dials others but serves nobody."""
+
+    def __init__(self, node_id: bytes, key: bytes | None, shelf: Shelf) -> None:
+        self._id = node_id
+        self._key = key
+        self._shelf = shelf
+        self._info = Info("", "", "", "")
+        self._server: ControlServer | None = None
+        self.peers: dict[bytes, Peer] = {}
+        self._dialling: dict[Address, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._wanted: dict[bytes, set[bytes]] = {}  # blob -> peers that want news of it
+        self._news: dict[bytes, list[int]] = {}  # blob -> chunks to announce
+        self._flush: asyncio.TimerHandle | None = None
+        self.troubles: dict[str, str] = {}  # member's address -> why it is not connected
+
+    async def listen(self, address: Address) -> int:
+        """Accept peers; returns the port. Raises DaemonError when the address is taken."""
+        self._server = ControlServer(
+            address.host, address.port, self._key, self._id, self._introduce, self._handle, self._connected
+        )
+        return await self._server.start()
+
+    def introduce(self, info: Info) -> None:
+        """Set what peers are told of this host."""
+        self._info = info
+
+    def _introduce(self) -> bytes:
+        return self._info.encode()
+
+    async def close(self) -> None:
+        tasks = [*self._dialling.values(), *self._tasks]
+        for task in tasks:
+            task.cancel()
+        if self._flush is not None:
+            self._flush.cancel()
+        for peer in list(self.peers.values()):
+            await peer.connection.close()
+        if self._server is not None:
+            await self._server.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- connections
+
+    def members(self, view: Iterable[Member]) -> None:
+        """The directory's view has changed: dial who is new, stop dialling who is gone."""
+        wanted = {Address(member.host, member.port) for member in view if member.node_id != self._id}
+        for address in list(self._dialling):
+            if address not in wanted:
+                self._dialling.pop(address).cancel()
+                self.troubles.pop(str(address), None)
+        for address in sorted(wanted - self._dialling.keys()):
+            self._dialling[address] = asyncio.ensure_future(self._keep(address))
+
+    async def _keep(self, address: Address) -> None:
+        """Stay connected to a member for as long as it is one."""
+        pause = REDIAL_SECONDS[0]
+        while True:
+            try:
+                known = next((peer for peer in self.peers.values() if peer.name == str(address)), None)
+                if known is None:
+                    connection = await connect(
+                        address.host, address.port, self._key, self._id, self._introduce, self._handle
+                    )
+                    self._connected(connection, str(address))
+                else:
+                    connection = known.connection
+                self.troubles.pop(str(address), None)
+                pause = REDIAL_SECONDS[0]
+                await connection.closed()
+            except ItselfError:
+                return  # the member is this host
+            except (OSError, WeightcacheError) as error:
+                reason = str(error) or type(error).__name__
+                if self.troubles.get(str(address)) != reason:
+                    log.warning("peer unreachable", extra=fields(peer=str(address), why=reason))
+                self.troubles[str(address)] = reason
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, REDIAL_SECONDS[1])
+
+    def _connected(self, connection: ControlConnection, dialled: str = "") -> None:
+        """A connection is up. Of two between the same hosts, both keep the one that the smaller id dialled."""
+        try:
+            info = Info.decode(connection.peer_info)
+            bulk = parse_address(info.bulk) if info.bulk else None
+        except (ProtocolError, ValueError) as error:
+            log.warning("peer refused", extra=fields(peer=dialled, why=str(error)))
+            self._spawn(connection.close())
+            return
+        other = self.peers.get(connection.peer_id)
+        if other is not None and (connection.dialled == (self._id < connection.peer_id)) is False:
+            self._spawn(connection.close())
+            return
+        name = dialled or info.control or f"{connection.peer_id.hex()[:8]}"
+        peer = Peer(connection.peer_id, name, info.datacenter, bulk, connection)
+        self.peers[peer.id] = peer
+        self._spawn(self._until_closed(peer))
+        if other is not None:
+            other.name = name
+            self._spawn(other.connection.close())
+            return
+        log.info("peer joined", extra=fields(peer=name, datacenter=info.datacenter))
+        self._shelf.peer_joined(peer)
+
+    async def _until_closed(self, peer: Peer) -> None:
+        await peer.connection.closed()
+        if self.peers.get(peer.id) is not peer:
+            return
+        del self.peers[peer.id]
+        for blob in [blob for blob, peers in self._wanted.items() if peer.id in peers]:
+            self._unwant(blob, peer.id)
+        log.info("peer left", extra=fields(peer=peer.name))
+        self._shelf.peer_left(peer)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- what peers ask and tell
+
+    async def _handle(self, connection: ControlConnection, kind: str, body: Body) -> Body:
+        peer = self.peers.get(connection.peer_id)
+        match kind, body:
+            case "find", str() if len(body) <= MAX_SOURCE:
+                return self._shelf.find(body)
+            case "want", list() if len(body) <= MAX_WANTED:
+                blobs = [_blob(item) for item in body]
+                if peer is not None:
+                    for blob in blobs:
+                        self._wanted.setdefault(blob, set()).add(peer.id)
+                states = [self._shelf.state(blob) for blob in blobs]
+                return [state.encode() if isinstance(state, ChunkSet) else state for state in states]
+            case "manifest", bytes():
+                return self._shelf.manifest(_blob(body))
+            case "unwant", list():
+                for item in body:
+                    self._unwant(_blob(item), connection.peer_id)
+            case "got", [bytes() as blob, list() as chunks] if len(chunks) <= MAX_CHUNKS:
+                if not all(type(chunk) is int for chunk in chunks):
+                    raise ProtocolError("a chunk's index is no integer")
+                if peer is not None:
+                    self._shelf.peer_got(peer, _blob(blob), chunks)
+            case "has", bytes():
+                if peer is not None:
+                    self._shelf.peer_state(peer, _blob(body), True)
+            case "gone", bytes():
+                if peer is not None:
+                    self._shelf.peer_state(peer, _blob(body), None)
+            case _:
+                raise ProtocolError(f"{kind!r} is no message of this version, or is malformed")
+        return None
+
+    def _unwant(self, blob: bytes, peer: bytes) -> None:
+        peers = self._wanted.get(blob)
+        if peers is not None:
+            peers.discard(peer)
+            if not peers:
+                del self._wanted[blob]
+
+    # -- what this host asks and tells
+
+    async def find(self, source: str) -> list[tuple[Peer, bytes]]:
+        """What a few peers know of a source: encoded snapshots, unchecked."""
+        peers = list(self.peers.values())
+        asked = random.sample(peers, min(ASKED, len(peers)))
+        answers = await asyncio.gather(*(self._ask(peer, "find", source) for peer in asked))
+        return [(peer, answer) for peer, answer in zip(asked, answers, strict=True) if isinstance(answer, bytes)]
+
+    async def want(self, blobs: Sequence[bytes], peers: Iterable[Peer] | None = None) -> None:
+        """Ask peers for news of blobs; what they have goes to the shelf as they answer."""
+
+        async def ask(peer: Peer) -> None:
+            for first in range(0, len(blobs), MAX_WANTED):
+                part = list(blobs[first : first + MAX_WANTED])
+                states = await self._ask(peer, "want", part)
+                if isinstance(states, list) and len(states) == len(part):
+                    for blob, state in zip(part, states, strict=True):
+                        if isinstance(state, (bytes, bool)) and state is not False:
+                            self._shelf.peer_state(peer, blob, state)
+
+        await asyncio.gather(*(ask(peer) for peer in (self.peers.values() if peers is None else peers)))
+
+    def unwant(self, blobs: Sequence[bytes]) -> None:
+        for peer in self.peers.values():
+            peer.connection.notify("unwant", list(blobs))
+
+    async def manifest(self, peer: Peer, blob: bytes) -> bytes | None:
+        answer = await self._ask(peer, "manifest", blob)
+        return answer if isinstance(answer, bytes) else None
+
+    async def _ask(self, peer: Peer, kind: str, body: Body) -> Body:
+        """One call; a peer that fails it has no answer."""
+        with contextlib.suppress(WeightcacheError, OSError, TimeoutError):
+            return await peer.connection.call(kind, body, CALL_SECONDS)
+        return None
+
+    def announce(self, blob: bytes, chunk: int) -> None:
+        """Tell who wants it that this host now has a chunk."""
+        if blob in self._wanted:
+            self._news.setdefault(blob, []).append(chunk)
+            if self._flush is None:
+                self._flush = asyncio.get_running_loop().call_later(ANNOUNCE_SECONDS, self._tell)
+
+    def announce_state(self, blob: bytes, *, has: bool) -> None:
+        """Tell who wants it that this host has all of a blob, or nothing any more."""
+        self._news.pop(blob, None)
+        self._notify(blob, "has" if has else "gone", blob)
+
+    def _tell(self) -> None:
+        self._flush = None
+        news, self._news = self._news, {}
+        for blob, chunks in news.items():
+            self._notify(blob, "got", [blob, chunks])
+
+    def _notify(self, blob: bytes, kind: str, body: Body) -> None:
+        for peer_id in self._wanted.get(blob, ()):
+            if (peer := self.peers.get(peer_id)) is not None:
+                peer.connection.notify(kind, body)
+
+
+def _blob(item: Body) -> bytes:
+    if not isinstance(item, bytes) or len(item) != ID_BYTES:
+        raise ProtocolError("a blob's id is malformed")
+    return item

@@ -1,0 +1,390 @@
+"""Executes the planner: its actions go to the bulk processes, what comes of them goes back as events.
+
+Everything here runs on the event loop and handles names and numbers only: the bytes of a chunk go from a socket to the
+disk inside a bulk process, which was handed the blob's descriptor. A chunk is had once such a process says that it has
+hashed, compared and written it, and the store has recorded it; then listeners, peers and the sender hear of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightcache.core.bitmap import ChunkSet
+from weightcache.core.events import (
+    Blame,
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    Fetch,
+    GiveUp,
+    Got,
+    Kind,
+    LoadAdded,
+    LoadRemoved,
+    PeerGot,
+    PeerHas,
+    PeerLeft,
+    Reach,
+    Tick,
+    Via,
+    Wake,
+    Where,
+)
+from weightcache.core.ids import short
+from weightcache.core.manifest import Manifest
+from weightcache.core.planner import LIAR_REST, Planner
+from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
+from weightcache.errors import BlobCorrupt, FormatError, WeightcacheError, from_wire
+from weightcache.log import fields
+from weightcache.node.processes import BulkProcess
+from weightcache.node.report import Tally
+from weightcache.node.swarm import Peer
+from weightcache.store import Store
+
+log = logging.getLogger(__name__)
+
+RESTART_SECONDS = 0.5  # for which a bulk process that died is not asked
+_BATCH = 256  # chunks in one message to a bulk process
+
+Heard = Callable[[int, int], None]  # of bytes [begin, end) that are had now
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """A blob on its way. ``done`` ends with it; ``users`` wait for it, and when none is left it is given up."""
+
+    entry: FileEntry
+    manifest: Manifest
+    had: ChunkSet
+    writer: int  # descriptor
+    handle: int
+    done: asyncio.Future[None]
+    tally: Tally = field(default_factory=Tally)
+    listeners: list[Heard] = field(default_factory=list)
+    users: int = 0
+    local: dict[int, tuple[bytes, int]] = field(default_factory=dict)  # chunk -> (blob, its chunk) on this disk
+    opened: set[str] = field(default_factory=set)  # processes that were handed the writer
+    claims: set[bytes] = field(default_factory=set)  # peers whose manifest was believed
+
+    @property
+    def blob(self) -> bytes:
+        return self.manifest.blob
+
+
+class Transfers:
+    """The blobs on their way to this host."""
+
+    def __init__(
+        self,
+        store: Store,
+        receiver: BulkProcess,
+        reader: BulkProcess,
+        streams: int,
+        attempts: int,
+        had: Callable[[Incoming, int, bytes], None],
+        peers: dict[bytes, Peer],
+    ) -> None:
+        self._store = store
+        self._processes = {"recv": receiver, "origin": reader}
+        self._attempts = attempts
+        self._had = had
+        self._peers = peers
+        self._planner = Planner(secrets.randbits(64), streams)
+        self._incoming: dict[bytes, Incoming] = {}
+        self._handles: dict[int, Incoming] = {}
+        self._requests: dict[int, tuple[Incoming, Fetch, set[int]]] = {}  # the set: chunks still to come
+        self._introduced: set[bytes] = set()  # peers the receiver knows
+        self._liars: dict[bytes, float] = {}  # peer -> until when its word counts for nothing
+        self._next_handle = 0
+        self._wake: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self.moved = Tally()  # ever, for the metrics
+        self.failures = 0  # likewise
+
+    def incoming(self, blob: bytes) -> Incoming | None:
+        return self._incoming.get(blob)
+
+    def all(self) -> list[Incoming]:
+        return list(self._incoming.values())
+
+    def resting(self, peer: bytes) -> float:
+        """Seconds for which a peer is left alone because it failed."""
+        return self._planner.rest(peer, self._loop.time())
+
+    def distrust(self, peers: Iterable[bytes]) -> None:
+        """Peers told of a blob what its origin contradicts: their word counts for nothing for a while."""
+        for peer in peers:
+            self._liars[peer] = self._loop.time() + LIAR_REST
+
+    def lied(self, peer: bytes) -> bool:
+        """Whether a peer told of a blob what its origin contradicted, not long ago."""
+        return self._liars.get(peer, 0.0) > self._loop.time()
+
+    def rate(self, peer: bytes) -> float:
+        """Bytes per second that a peer delivered lately."""
+        return self._planner.rate(peer)
+
+    def begin(self, entry: FileEntry, manifest: Manifest, rank: int, holders: dict[bytes, bytes | bool]) -> Incoming:
+        """Start bringing what is missing of a blob that the store has space for. ``holders``: peers and what they have."""
+        had = self._store.had(manifest.blob)
+        self._next_handle += 1
+        writer = self._store.open_writer(manifest.blob)
+        coming = Incoming(entry, manifest, had, writer, self._next_handle, self._loop.create_future())
+        coming.done.add_done_callback(lambda done: done.cancelled() or done.exception())  # who waits will see it
+        for chunk in had.missing():
+            name = manifest.id(chunk)
+            if name is not None and (place := self._store.find_chunk(name)) is not None:
+                coming.local[chunk] = place
+        self._incoming[coming.blob] = self._handles[coming.handle] = coming
+        reach = Reach.RANGED if entry.ranged else Reach.STREAM
+        known = [(peer, self._chunks(peer, coming, state)) for peer, state in holders.items()]
+        self._feed(
+            LoadAdded(coming.blob, manifest.plan, had, rank, reach, self._attempts, sorted(coming.local), known)
+        )
+        return coming
+
+    def abandon(self, coming: Incoming, error: WeightcacheError | None = None) -> None:
+        """Stop bringing a blob; what is had of it stays had."""
+        if self._incoming.get(coming.blob) is coming:
+            self._feed(LoadRemoved(coming.blob))
+            self._end(coming, error or WeightcacheError(f"{coming.entry.path}: nobody waits for it any more"))
+
+    # -- news of peers
+
+    def peer_has(self, peer: bytes, blob: bytes, state: bytes | bool | None) -> None:
+        """All that a peer states to have of a blob."""
+        coming = self._incoming.get(blob)
+        if coming is not None:
+            self._feed(PeerHas(peer, blob, self._chunks(peer, coming, state)))
+
+    def _chunks(self, peer: bytes, coming: Incoming, state: bytes | bool | None) -> ChunkSet | None:
+        """What a peer stated, as the planner takes it. A set that does not fit the blob counts as nothing."""
+        size = len(coming.manifest)
+        if state is True:
+            return None
+        try:
+            return ChunkSet.decode(state, size) if isinstance(state, bytes) else ChunkSet(size)
+        except FormatError as error:
+            log.warning(
+                "peer's chunk set ignored", extra=fields(peer=self._name(peer), blob=short(coming.blob), why=str(error))
+            )
+            return ChunkSet(size)
+
+    def peer_got(self, peer: bytes, blob: bytes, chunks: Sequence[int]) -> None:
+        self._feed(PeerGot(peer, blob, chunks))
+
+    def peer_left(self, peer: bytes) -> None:
+        self._feed(PeerLeft(peer))
+        self._introduced.discard(peer)
+        self._processes["recv"].send("forget", peer)
+
+    # -- the planner's actions
+
+    def _feed(self, *events: Event) -> None:
+        now = self._loop.time()
+        batches: dict[bytes, list[list[Any]]] = {}
+        cancelled: list[int] = []
+        for event in events:
+            for action in self._planner.handle(event, now):
+                match action:
+                    case Fetch():
+                        self._fetch(action, batches)
+                    case Cancel(request):
+                        if self._requests.pop(request, None) is not None:
+                            cancelled.append(request)
+                    case Wake(at):
+                        if self._wake is not None:
+                            self._wake.cancel()
+                        self._wake = self._loop.call_at(at, self._feed, Tick())
+                    case Blame():
+                        self._blame(action)
+                    case Done(blob):
+                        self._finish(self._incoming[blob])
+                    case GiveUp(blob, error, message):
+                        self._end(self._incoming[blob], from_wire(error, message))
+        for peer, rows in batches.items():
+            for first in range(0, len(rows), _BATCH):
+                self._processes["recv"].send("get", peer, rows[first : first + _BATCH])
+        if cancelled:
+            for process in self._processes.values():
+                process.send("cancel", cancelled)
+
+    def _fetch(self, fetch: Fetch, batches: dict[bytes, list[list[Any]]]) -> None:
+        coming = self._incoming[fetch.blob]
+        self._requests[fetch.request] = (coming, fetch, set(fetch.chunks))
+        role = "recv" if isinstance(fetch.via, bytes) else "origin"
+        process = self._processes[role]
+        process.start()
+        if role not in coming.opened:
+            coming.opened.add(role)
+            about = [one_file(coming.entry)] if role == "origin" else []
+            process.send("blob", coming.handle, *about, fds=[os.dup(coming.writer)])
+        rows = [self._row(coming, chunk) for chunk in fetch.chunks]
+        if isinstance(fetch.via, bytes):
+            self._introduce(fetch.via)
+            batch = batches.setdefault(fetch.via, [])
+            batch += [[fetch.request, coming.handle, coming.blob, *row] for row in rows]
+        elif fetch.via is Via.LOCAL:
+            self._copy(fetch, coming, rows[0])
+        else:
+            process.send("stream" if fetch.whole else "read", fetch.request, coming.handle, rows)
+
+    def _row(self, coming: Incoming, chunk: int) -> list[Any]:
+        offset, length = coming.manifest.plan.span(chunk)
+        return [chunk, offset, length, coming.manifest.id(chunk) or b""]
+
+    def _introduce(self, peer: bytes) -> None:
+        known = self._peers.get(peer)
+        if peer not in self._introduced and known is not None and known.bulk is not None:
+            self._introduced.add(peer)
+            self._processes["recv"].send("peer", peer, known.bulk.host, known.bulk.port)
+
+    def _copy(self, fetch: Fetch, coming: Incoming, row: list[Any]) -> None:
+        blob, chunk = coming.local[row[0]]
+        manifest = self._store.manifest(blob)
+        try:
+            reader = self._store.open_reader(blob)
+        except WeightcacheError as error:  # it was evicted since
+            self._loop.call_soon(self._feed, Failed(fetch.request, Kind.MISSING, str(error)))
+            return
+        offset = manifest.plan.span(chunk)[0] if manifest is not None else 0
+        self._processes["origin"].send("copy", fetch.request, coming.handle, row, offset, fds=[reader])
+
+    def _blame(self, blame: Blame) -> None:
+        self.failures += 1
+        coming = self._incoming.get(blame.blob)
+        if isinstance(blame.via, bytes):
+            who = f"peer {self._name(blame.via)}"
+        else:
+            who = "a copy on this disk" if blame.via is Via.LOCAL else "origin"
+        why = f"{blame.kind}: {blame.detail}" if blame.detail else str(blame.kind)
+        rest = f"; left alone for {blame.rest:.1f} s" if blame.rest else ""
+        if coming is not None:
+            coming.tally.note(f"{who}: {why}{rest}")
+        log.warning("source failed", extra=fields(blob=short(blame.blob), via=who, why=why, rest=round(blame.rest, 3)))
+
+    def _name(self, peer: bytes) -> str:
+        known = self._peers.get(peer)
+        return known.name if known is not None else peer.hex()[:8]
+
+    # -- what the bulk processes say
+
+    def heard(self, role: str, message: list[Any]) -> bool:
+        """A message of a bulk process; whether it was about a request."""
+        match message:
+            case ["got", rows]:
+                events: list[Event] = []
+                for row in rows:
+                    # the receiver's requests have one chunk each and do not repeat which
+                    request, index, name, check, length = row[:5] if role == "origin" else [row[0], None, *row[1:4]]
+                    if (known := self._requests.get(request)) is not None:
+                        coming, fetch, left = known
+                        chunk = fetch.chunks[0] if index is None else index
+                        left.discard(chunk)
+                        if not left:
+                            del self._requests[request]
+                        self._landed(coming, fetch.via, chunk, name, check, length)
+                        events.append(Got(request, chunk))
+                self._feed(*events)
+            case ["failed", rows]:
+                for request, kind, detail, wait, *error in rows:
+                    seconds = wait / 1000 if role == "recv" else wait
+                    self._failed(request, kind, detail, seconds, *error)
+            case _:
+                return False
+        return True
+
+    def _landed(self, coming: Incoming, via: Where, chunk: int, name: bytes, check: bytes, length: int) -> None:
+        if chunk in coming.had:
+            return
+        self._store.record(coming.blob, [(chunk, name, check)])
+        coming.manifest.learn(chunk, name, check)
+        coming.had.add(chunk)
+        for tally in (coming.tally, self.moved):
+            if isinstance(via, bytes):
+                tally.peers[self._name(via)] = tally.peers.get(self._name(via), 0) + length
+            elif via is Via.ORIGIN:
+                tally.origin += length
+            else:
+                tally.local += length
+        begin, _ = coming.manifest.plan.span(chunk)
+        for listener in coming.listeners:
+            listener(begin, begin + length)
+        self._had(coming, chunk, name)
+
+    def _failed(self, request: int, kind: str, detail: str, wait: float = 0.0, error: str = "StoreError") -> None:
+        if request not in self._requests:
+            return
+        coming, fetch, _ = self._requests.pop(request)
+        if kind == Kind.MISMATCH and fetch.via is Via.ORIGIN:
+            self._loop.call_soon(self._contradicted, coming, detail)
+        elif kind == "disk":
+            self._feed(Failed(request, Kind.FATAL, f"{coming.entry.path}: {detail}", error=error))
+        else:
+            self._feed(Failed(request, Kind(kind), detail, wait, error))
+
+    def _contradicted(self, coming: Incoming, detail: str) -> None:
+        """The origin's own bytes are not what peers said they are: nothing learned from peers is kept."""
+        if self._incoming.get(coming.blob) is not coming:
+            return
+        tellers = ", ".join(sorted(map(self._name, coming.claims))) or "peers"
+        log.error("manifest contradicts the origin", extra=fields(blob=short(coming.blob), tellers=tellers, why=detail))
+        self.distrust(coming.claims)
+        self._feed(LoadRemoved(coming.blob))
+        self._loop.run_in_executor(None, self._store.discard, coming.blob)
+        name = coming.entry.source.public
+        self._end(coming, BlobCorrupt(f"{name}: what {tellers} told of it is not what its origin has; load it again"))
+
+    def _lost(self, request: int, role: str, reason: str) -> None:
+        """A request went down with a process of this host: no peer is to blame for it."""
+        if self._requests.pop(request, None) is not None:
+            kind = Kind.BUSY if role == "recv" else Kind.UNAVAILABLE
+            self._feed(Failed(request, kind, reason, RESTART_SECONDS, "OriginUnavailable"))
+
+    def died(self, role: str, reason: str) -> None:
+        """A bulk process has ended by itself. The next request starts it again."""
+        if role == "recv":
+            self._introduced.clear()
+        for coming in self._incoming.values():
+            coming.opened.discard(role)
+        for request, (_, fetch, _) in list(self._requests.items()):
+            if isinstance(fetch.via, bytes) == (role == "recv"):
+                self._lost(request, role, reason)
+
+    # -- the end of a blob's way
+
+    def _finish(self, coming: Incoming) -> None:
+        self._end(coming, None)
+
+    def _end(self, coming: Incoming, error: WeightcacheError | None) -> None:
+        self._incoming.pop(coming.blob, None)
+        self._handles.pop(coming.handle, None)
+        for request in [r for r, (owner, _, _) in self._requests.items() if owner is coming]:
+            del self._requests[request]
+        for role in coming.opened:
+            self._processes[role].send("close", coming.handle)
+        os.close(coming.writer)
+        if not coming.done.done():
+            if error is None:
+                coming.done.set_result(None)
+            else:
+                coming.done.set_exception(error)
+
+    def close(self) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+        for coming in self.all():
+            self.abandon(coming, WeightcacheError("this host is shutting down"))
+
+
+def one_file(entry: FileEntry) -> bytes:
+    """One file's entry as the reader gets it."""
+    return encode_snapshot(Snapshot(entry.source, "-", "-", (entry,), time.time()))
