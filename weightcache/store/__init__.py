@@ -1,0 +1,9 @@
+"""Blobs on this host's disk: reserved, had, shared, evicted, checked again."""
+
+from __future__ import annotations
+
+from weightcache.store.catalog import BlobInfo
+from weightcache.store.evict import Evicted
+from weightcache.store.store import Store
+
+__all__ = ["BlobInfo", "Evicted", "Store"]
