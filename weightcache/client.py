@@ -1,7 +1,7 @@
 """What a worker calls: the daemon at its socket or, without one, a node embedded in this process, on the same store.
 
-Either way the client speaks HTTP over a Unix socket, so there is one way of doing each thing. An embedded node holds the
-store's lock only while there is work, so several processes without a daemon take turns on one store.
+Either way the client speaks HTTP over a Unix socket, so there is one way of doing each thing. An embedded node holds
+the store's lock only while there is work, so several processes without a daemon take turns on one store.
 
     async with Client() as client:                      with SyncClient() as client:
         report = await client.pull("hf://org/name")         report = client.pull("hf://org/name")
@@ -71,15 +71,19 @@ class Load:
 class Client:
     """The asynchronous face. ``config`` (default: as the environment and the configuration file say) names the socket.
 
-    ``embed`` False: where no daemon answers there is a DaemonError, and no node in this process. Every method raises the WeightcacheError that the daemon met; DaemonError when it cannot be reached or goes away.
+    ``embed`` False: where no daemon answers there is a DaemonError, and no node in this process; likewise once a daemon
+    has answered, for the store is that daemon's. Every method raises the WeightcacheError that the daemon met;
+    DaemonError when it cannot be reached or goes away.
     """
 
     def __init__(self, config: Config | None = None, *, embed: bool = True) -> None:
         self._config = config or load_config()
         self._may_embed = embed
         self._session: ClientSession | None = None
+        self._connecting = asyncio.Lock()
         self._embedded = contextlib.AsyncExitStack()
         self._own = False
+        self._connecting = asyncio.Lock()  # requests at once must not embed a node each
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,11 +95,13 @@ class Client:
 
     async def close(self) -> None:
         """Leave the daemon, or end the embedded node and free the store."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-        await self._embedded.aclose()
-        self._own = False
+        async with self._connecting:  # who comes meanwhile waits for the store
+            session, self._session = self._session, None
+            embedded, self._embedded = self._embedded, contextlib.AsyncExitStack()
+            self._own = False
+            if session is not None:
+                await session.close()
+            await embedded.aclose()
 
     @property
     def embedded(self) -> bool:
@@ -184,7 +190,8 @@ class Client:
     async def _request(self, method: str, path: str, body: Json | None = None) -> ClientResponse:
         from aiohttp import ClientError
 
-        session = self._session or await self._connect()
+        async with self._connecting:
+            session = self._session or await self._connect()
         try:
             response = await session.request(method, f"http://daemon{path}", json=body)
         except (ClientError, OSError) as error:
@@ -197,44 +204,52 @@ class Client:
 
     async def _connect(self) -> ClientSession:
         """A session with the daemon if there is one, else with a node of this process' own."""
-        path = self._config.socket_path
-        if not await _answers(path):
-            if not self._may_embed:
-                raise DaemonError(f"no daemon answers at {path}; start one with: weightcache daemon")
-            path = await self._embed()
         from aiohttp import ClientSession, ClientTimeout, UnixConnector
 
-        self._session = ClientSession(
-            connector=UnixConnector(str(path), limit=0), timeout=ClientTimeout(total=None), read_bufsize=1 << 20
-        )
-        return self._session
+        async with self._connecting:  # who asks meanwhile gets the same one
+            if self._session is None:
+                path = self._config.socket_path
+                if await _answers(path):
+                    self._may_embed = False  # the store is a daemon's: one that restarts must find it free
+                elif self._may_embed:
+                    path = await self._embed()
+                else:
+                    raise DaemonError(f"no daemon answers at {path}; start one with: weightcache daemon")
+                self._session = ClientSession(
+                    connector=UnixConnector(str(path), limit=0), timeout=ClientTimeout(total=None), read_bufsize=1 << 20
+                )
+            return self._session
 
     async def _embed(self) -> Path:
+        """Start a node on the store once nobody else has it; the socket to talk to it, or to a daemon's that came."""
         from weightcache.daemon import serving  # a worker beside a daemon needs none of it
         from weightcache.node.node import Node
 
         loop = asyncio.get_running_loop()
         deadline = loop.time() + STORE_SECONDS
         told = False
-        while True:
-            node = Node(self._config, serve=False)
-            try:
-                await node.start()
-                break
-            except StoreInUse as error:
-                if await _answers(self._config.socket_path):
-                    return self._config.socket_path
-                if loop.time() > deadline:
-                    raise
-                if not told:
-                    log.warning("waiting for the store", extra=fields(why=str(error)))
-                    told = True
-                await asyncio.sleep(STORE_POLL)
-        self._embedded.push_async_callback(node.stop)
+        async with contextlib.AsyncExitStack() as stack:
+            while True:
+                node = Node(self._config, serve=False)
+                try:
+                    await node.start()
+                    break
+                except StoreInUse as error:
+                    if await _answers(self._config.socket_path):
+                        self._may_embed = False
+                        return self._config.socket_path
+                    if loop.time() > deadline:
+                        raise
+                    if not told:
+                        log.warning("waiting for the store", extra=fields(why=str(error)))
+                        told = True
+                    await asyncio.sleep(STORE_POLL)
+            stack.push_async_callback(node.stop)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="weightcache-"))
+            path = Path(folder) / "node.sock"
+            await stack.enter_async_context(serving(node, path))
+            self._embedded = stack.pop_all()
         self._own = True
-        folder = self._embedded.enter_context(tempfile.TemporaryDirectory(prefix="weightcache-"))
-        path = Path(folder) / "node.sock"
-        await self._embedded.enter_async_context(serving(node, path))
         return path
 
 
@@ -279,7 +294,7 @@ async def _events(response: ClientResponse) -> AsyncIterator[Json]:
 
 
 class SyncClient:
-    """The synchronous face: the same methods, for code without an event loop. It keeps a loop in a thread of its own."""
+    """The synchronous face: the same methods, for code without an event loop. It keeps one in a thread of its own."""
 
     def __init__(self, config: Config | None = None) -> None:
         from weightcache.portal import Portal

@@ -37,7 +37,9 @@ class _NodeCollector(Collector):
         yield GaugeMetricFamily("weightcache_loads", "Blobs on their way", value=len(node.transfers.all()))
         yield GaugeMetricFamily("weightcache_peers", "Peers connected", value=len(node.swarm.peers))
         yield GaugeMetricFamily("weightcache_store_used_bytes", "Bytes reserved by blobs", value=node.store.used)
-        yield GaugeMetricFamily("weightcache_store_free_bytes", "Bytes that blobs may still take", value=node.store.free)
+        yield GaugeMetricFamily(
+            "weightcache_store_free_bytes", "Bytes that blobs may still take", value=node.store.free
+        )
         states = GaugeMetricFamily("weightcache_blobs", "Blobs in the store", labels=["state"])
         infos = node.store.blobs()
         complete = sum(info.state == "complete" for info in infos)

@@ -55,8 +55,9 @@ class Ranges:
         return begin >= end or (at >= 0 and end <= self._ends[at])
 
     def fail(self, error: WeightcacheError) -> None:
+        """What is not had will not be; the first reason counts."""
         with self._changed:
-            self._error = error
+            self._error = self._error or error
             self._changed.notify_all()
 
     def wait(self, begin: int, end: int) -> None:
@@ -94,29 +95,32 @@ class OpenFile:
 
     async def follow(self, source: str) -> None:
         """Hear of what lands until all has, through restarts of the daemon; then hold the lease until ``close``."""
+        hearing = asyncio.ensure_future(self._hear_all(source))
         closed = asyncio.ensure_future(self._closed.wait())
         try:
-            while True:
-                hearing = asyncio.ensure_future(self._hear())
-                await asyncio.wait([hearing, closed], return_when=asyncio.FIRST_COMPLETED)
-                if closed.done():
-                    hearing.cancel()
-                    self._ranges.fail(DaemonError(f"{self.path}: it was closed while it was still arriving"))
-                    return
-                try:
-                    hearing.result()
-                    if self._worker.client.embedded:
-                        return  # a mapping needs no lease, and others may wait for the store
-                    break
-                except DaemonError as error:
-                    log.warning("load interrupted", extra=fields(source=source, why=str(error)))
-                    await self._reopen(source)
-            await closed
+            await asyncio.wait([hearing, closed], return_when=asyncio.FIRST_COMPLETED)
+            if hearing.done():
+                hearing.result()
+                if not self._worker.client.embedded:  # else others may wait for the store, and a mapping needs no lease
+                    await closed
         except WeightcacheError as error:
             self._ranges.fail(error)
+        except Exception as error:
+            log.exception("load given up", extra=fields(source=source))
+            self._ranges.fail(DaemonError(f"{source}: {type(error).__name__}: {error}; open it again"))
         finally:
+            self._ranges.fail(DaemonError(f"{self.path}: it was closed while it was still arriving"))
+            hearing.cancel()
             closed.cancel()
             self._load.close()
+
+    async def _hear_all(self, source: str) -> None:
+        while True:
+            try:
+                return await self._hear()
+            except DaemonError as error:
+                log.warning("load interrupted", extra=fields(source=source, why=str(error)))
+                await self._reopen(source)
 
     async def _hear(self) -> None:
         async for event in self._load:
@@ -137,7 +141,11 @@ class OpenFile:
                     raise
                 await asyncio.sleep(0.1)
         file = self._load.snapshot["files"][0]
-        if file["at"] != self.path or _inode(self.path) != self._inode:
+        try:
+            same = file["at"] == self.path and _inode(self.path) == self._inode
+        except FileNotFoundError:
+            same = False
+        if not same:
             raise SourceChanged(f"{source}: it was replaced while the daemon restarted; open it again")
         self._ranges.add(file["had"])
 
@@ -190,7 +198,11 @@ class Worker:
         self._open -= 1
         if not self._open:
             loop = asyncio.get_running_loop()
-            self._leaving = loop.call_later(IDLE_SECONDS, lambda: asyncio.ensure_future(self.client.close()))
+            self._leaving = loop.call_later(IDLE_SECONDS, lambda: asyncio.ensure_future(self._leave_client()))
+
+    async def _leave_client(self) -> None:
+        if not self._open:
+            await self.client.close()
 
     def close(self) -> None:
         if self.alive:
@@ -209,7 +221,7 @@ _worker: Worker | None = None
 
 
 def open_file(source: str) -> OpenFile:
-    """Load one file and return once it may be mapped. Raises SourceError when the source is a directory, and its kin."""
+    """Load one file and return once it may be mapped. Raises SourceError for a directory, and its kin."""
     global _worker
     with _lock:
         if _worker is None or not _worker.alive:  # the first time, or in a child of the process that had it

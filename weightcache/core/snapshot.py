@@ -70,15 +70,16 @@ class Snapshot:
 
 
 def folder_name(source: Source) -> str:
-    """The directory under ``hub/`` for a source: ``models--org--name`` for a hub, as its own cache names it."""
+    """The directory under ``hub/`` for a source: ``models--org--name`` for a hub, as its own cache names it.
+
+    Elsewhere a readable beginning, and a digest of the source: no two share a directory.
+    """
     if source.scheme == "hf":
         return "models--" + source.authority.replace("/", "--")
     parts = [source.scheme, source.authority.replace(":", "-"), *source.path.strip("/").split("/")]
     name = "--".join(part for part in parts if part)
-    safe = "".join(char if char.isalnum() or char in "-_.+=@" else "_" for char in name)
-    if safe != name or len(safe) > 120 or source.query:  # may collide with another: tell them apart
-        safe = safe[:100] + "--" + blake3(str(source).encode()).hexdigest(length=8)
-    return safe
+    safe = "".join(char if char.isascii() and (char.isalnum() or char in "-_.+=@") else "_" for char in name)
+    return f"{safe[:100]}--{blake3(str(source).encode()).hexdigest(length=8)}"
 
 
 def tree_revision(files: Iterable[FileEntry]) -> str:

@@ -16,9 +16,11 @@ from urllib.parse import quote, unquote, urlsplit
 from weightcache.errors import SourceError
 
 SCHEMES = ("s3", "gs", "az", "hf", "https", "http", "file")
-MAX_SOURCE = 4096  # characters
+MAX_SOURCE = 4096  # characters, as written and as spelled here
 
-_HF = re.compile(r"^(?P<org>[\w.-]+)/(?P<name>[\w.-]+?)(?:@(?P<rev>[^/@][^/@]*))?(?:/(?P<path>.*))?$")
+_HF = re.compile(
+    r"^(?P<org>[A-Za-z0-9_.-]{1,96})/(?P<name>[A-Za-z0-9_.-]{1,96}?)(?:@(?P<rev>[^/@][^/@]*))?(?:/(?P<path>.*))?$"
+)
 _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{1,254}$")
 
 
@@ -71,14 +73,20 @@ def is_source(text: str) -> bool:
 
 def parse_source(text: str) -> Source:
     """Parse a source as a user wrote it. Raises SourceError that names what is wrong with it."""
-    if len(text) > MAX_SOURCE:
-        raise SourceError(f"source of {len(text)} characters: at most {MAX_SOURCE} are accepted")
+    if len(text) <= MAX_SOURCE:
+        source = _parse(text)
+        if len(str(source)) <= MAX_SOURCE:
+            return source
+    raise SourceError(f"{_shown(text)}: a source of more than {MAX_SOURCE} characters")
+
+
+def _parse(text: str) -> Source:
     scheme, separator, rest = text.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise SourceError(f"{_shown(text)}: unknown scheme; a source starts with one of {known}")
-    if any(ord(char) < 32 or ord(char) == 127 for char in unquote(rest)):
+    if any(char < " " or char == "\x7f" or "\ud800" <= char <= "\udfff" for char in unquote(rest)):
         raise SourceError(f"{_shown(text)}: control characters in a source")
     if scheme == "hf":
         return _parse_hf(text, rest)
@@ -101,7 +109,7 @@ def parse_source(text: str) -> Source:
     else:
         authority, _, path = rest.partition("/")
         if not _BUCKET.match(authority):
-            raise SourceError(f"{_shown(text)}: {authority!r} is not the name of a bucket")
+            raise SourceError(f"{_shown(text)}: a bucket's name is expected after ://")
     return Source(scheme, authority, _clean(text, unquote(path)), query=query)
 
 
@@ -109,7 +117,7 @@ def _parse_hf(text: str, rest: str) -> Source:
     match = _HF.match(rest)
     if not match:
         raise SourceError(f"{_shown(text)}: a hub source is hf://org/name[@revision][/file]")
-    if ".." in (match["org"], match["name"]) or "." in (match["org"], match["name"]):
+    if "." in (match["org"], match["name"]) or any(pair in match[part] for pair in ("..", "--") for part in (1, 2)):
         raise SourceError(f"{_shown(text)}: a hub source is hf://org/name[@revision][/file]")
     revision = unquote(match["rev"] or "main")
     if ".." in revision.split("/"):
@@ -134,7 +142,7 @@ def _shown(text: str) -> str:
     head, _, _ = text.partition("?")
     scheme, separator, rest = head.partition("://")
     authority, slash, path = rest.partition("/")
-    if scheme.lower() in ("http", "https") and "@" in authority:
+    if scheme.lower() != "hf" and "@" in authority:
         authority = "…@" + authority.rpartition("@")[2]
     shown = f"{scheme}{separator}{authority}{slash}{path}"
     return repr(shown if len(shown) <= 200 else shown[:200] + "…")

@@ -176,7 +176,9 @@ class Blobs:
                 if manifest.blob != entry.blob or manifest.size != entry.size:
                     raise FormatError("it is another blob's")
             except FormatError as error:
-                log.warning("peer's manifest ignored", extra=fields(peer=peer_id, blob=short(entry.blob), why=str(error)))
+                log.warning(
+                    "peer's manifest ignored", extra=fields(peer=peer_id, blob=short(entry.blob), why=str(error))
+                )
                 continue
             return manifest, peer_id
         return None, None

@@ -1,7 +1,7 @@
 """Entry of the bulk processes: ``python -m weightcache.node.bulk ROLE FD``.
 
-``send`` serves chunks to peers, ``recv`` fetches them from peers, ``origin`` resolves sources, reads origins, and copies
-from this host's own disk. Each ends when its channel does, and with its parent.
+``send`` serves chunks to peers, ``recv`` fetches them from peers, ``origin`` resolves sources, reads origins, and
+copies from this host's own disk. Each ends when its channel does, and with its parent.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One source being loaded for one client: from its name to real files, with news on the way.
 
-    async with Loading(...) as loading:          # leases are held in here
-        await loading.opened()                   # snapshot known, space reserved: files may be mapped
-        report = await loading.finished()        # every byte is had, the snapshot's directory is complete
+async with Loading(...) as loading:    # leases are held in here
+    await loading.opened()             # snapshot known, space reserved: files may be mapped
+    report = await loading.finished()  # every byte is had, the snapshot's directory is complete
 """
 
 from __future__ import annotations
@@ -168,8 +168,10 @@ class Loading:
 
         # Small files and first components open first: their transfers start while others are still seen to.
         order = sorted(enumerate(snapshot.files), key=lambda item: (rank(item[1]), item[0]))
-        outcomes = await asyncio.gather(*(bring(index, entry) for index, entry in order), return_exceptions=True)
-        self.files = [opened[index] for index in sorted(opened)]
+        try:
+            outcomes = await asyncio.gather(*(bring(index, entry) for index, entry in order), return_exceptions=True)
+        finally:
+            self.files = [opened[index] for index in sorted(opened)]
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome

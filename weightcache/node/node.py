@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from weightcache.version import __version__
 from weightcache.config import Address, Config, cluster_key, parse_address
 from weightcache.core.manifest import Manifest, encode_manifest
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
@@ -34,6 +33,7 @@ from weightcache.node.transfers import Incoming, Transfers
 from weightcache.node.upkeep import Upkeep
 from weightcache.origin.policy import Policy
 from weightcache.store import Store
+from weightcache.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Node:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
-        """Open the store, listen, announce. Raises ConfigError, StoreError, DaemonError; nothing is left running then."""
+        """Open the store, listen, announce. Raises ConfigError, StoreError, DaemonError, and leaves nothing running."""
         config = self.config
         config.validate()
         key = cluster_key(config)
@@ -89,10 +89,12 @@ class Node:
         self._directory = open_directory(config, key)
         me = Member(self.address.host, self.address.port, self.store.node_id)
         await self._directory.start(me, self._members_changed)
+        self.upkeep.resume()
         log.info("node started", extra=fields(store=str(config.store), listen=control, bulk=bulk))
 
     async def stop(self) -> None:
         """Stop everything. Loads that run end with an error; what they had stays had."""
+        self.store.interrupt()
         if self._directory is not None:
             await self._directory.close()
         await self.upkeep.close()
@@ -162,9 +164,7 @@ class Node:
 
     def load(self, source: str, on_had: Had | None = None, *, revalidate: bool = False) -> Loading:
         """A load of ``source``, to be entered with ``async with``. Raises SourceError for what is no source."""
-        return Loading(
-            parse_source(source), self.store, self.blobs, self.resolver, on_had, revalidate=revalidate
-        )
+        return Loading(parse_source(source), self.store, self.blobs, self.resolver, on_had, revalidate=revalidate)
 
     async def known(self, source: Source) -> Snapshot:
         """The snapshot of a source that this host has loaded before, or part of it. Raises UnknownBlob."""
@@ -220,6 +220,8 @@ class Node:
     def status(self) -> dict[str, Any]:
         """Facts about this host, for people and programs."""
         blobs = self.store.blobs()
+        complete = sum(info.state == "complete" for info in blobs)
+        moved = self.transfers.moved
         return {
             "version": __version__,
             "node": self.store.node_id.hex(),
@@ -228,32 +230,42 @@ class Node:
             "store": str(self.config.store),
             "socket": str(self.config.socket_path),
             "uptime_seconds": round(time.time() - self.started, 3),
-            "blobs": {"complete": sum(b.state == "complete" for b in blobs), "partial": sum(b.state != "complete" for b in blobs)},
+            "blobs": {"complete": complete, "partial": len(blobs) - complete},
             "bytes": {"used": self.store.used, "capacity": self.store.capacity, "free": self.store.free},
             "loads": [
-                {"path": c.entry.path, "source": c.entry.source.public, "size": c.entry.size, "had_chunks": len(c.had), "chunks": c.had.size}
-                for c in self.transfers.all()
+                {
+                    "path": coming.entry.path,
+                    "source": coming.entry.source.public,
+                    "size": coming.entry.size,
+                    "had_chunks": len(coming.had),
+                    "chunks": coming.had.size,
+                }
+                for coming in self.transfers.all()
             ],
             "peers": len(self.swarm.peers),
-            "moved": {"origin": self.transfers.moved.origin, "peer": self.transfers.moved.peers, "local": self.transfers.moved.local, "sent": self.serving.sent},
+            "moved": {"origin": moved.origin, "peer": moved.peers, "local": moved.local, "sent": self.serving.sent},
             "processes": {p.role: p.pid for p in (self.serving.process, self._receiver, self._reader)},
-        }  # fmt: skip
+        }
 
     def peers(self) -> list[dict[str, Any]]:
         """Who is connected, and which members of the directory are not, with the reason."""
         rows: list[dict[str, Any]] = []
         for peer in self.swarm.peers.values():
             rest = self.transfers.resting(peer.id)
-            rows.append({
-                "address": peer.name, "node": peer.id.hex(), "datacenter": peer.datacenter,
-                "bulk": str(peer.bulk) if peer.bulk else None,
-                "state": "resting" if rest else "connected", "resting_seconds": round(rest, 1),
-                "bytes_per_second": round(self.transfers.rate(peer.id)),
-                "received": self.transfers.moved.peers.get(peer.name, 0), "sent": self.serving.sent.get(peer.id.hex(), 0),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "address": peer.name,
+                    "node": peer.id.hex(),
+                    "datacenter": peer.datacenter,
+                    "bulk": str(peer.bulk) if peer.bulk else None,
+                    "state": "resting" if rest else "connected",
+                    "resting_seconds": round(rest, 1),
+                    "bytes_per_second": round(self.transfers.rate(peer.id)),
+                    "received": self.transfers.moved.peers.get(peer.name, 0),
+                    "sent": self.serving.sent.get(peer.id.hex(), 0),
+                }
+            )
         rows += [
             {"address": address, "state": "unreachable", "why": why} for address, why in self.swarm.troubles.items()
         ]
         return sorted(rows, key=lambda row: str(row["address"]))
-
-

@@ -84,7 +84,7 @@ class BulkProcess:
         ours, theirs = pair()
         self._channel = NodeChannel(ours)
         self._channel.post("config", self._config)
-        self._watch = asyncio.ensure_future(self._run(self._channel, theirs))
+        self._watch = asyncio.ensure_future(self._keep(self._channel, theirs))
 
     def send(self, *message: Any, fds: Sequence[int] = ()) -> None:
         """Queue a message. ``fds`` belong to the channel from here on."""
@@ -94,28 +94,40 @@ class BulkProcess:
         with contextlib.suppress(ChannelClosed):
             self._channel.post(*message, fds=fds)
 
-    async def _run(self, channel: NodeChannel, theirs: socket.socket) -> None:
-        with theirs:
-            if self._deaths:
-                await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._deaths))
-            began = asyncio.get_running_loop().time()
-            # -P: the working directory is no place to import from.
-            process = self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "weightcache.node.bulk", self.role, str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-        log.info("bulk process started", extra=fields(role=self.role, pid=process.pid))
-        while (message := await channel.receive()) is not None:
-            self._on_message(message.fields, message.fds)
-        self._channel = None
+    async def _keep(self, channel: NodeChannel, theirs: socket.socket) -> None:
+        """One process' life, from start to burial. Until it is buried, no other is started in its place."""
+        loop = asyncio.get_running_loop()
+        began, why, process = loop.time(), "", None
+        try:
+            with theirs:
+                if self._deaths:
+                    await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._deaths))
+                began = loop.time()
+                process = self._process = await self._spawn(theirs.fileno())
+            while (message := await channel.receive()) is not None:
+                self._on_message(message.fields, message.fds)
+        except Exception as error:
+            log.exception("bulk process given up", extra=fields(role=self.role))
+            why = f"{type(error).__name__}: {error}"  # who waits for the process must hear of it, whatever it is
         channel.close()
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        code = await process.wait()
-        log.error("bulk process died", extra=fields(role=self.role, pid=process.pid, exit=code))
-        steady = asyncio.get_running_loop().time() - began >= STEADY_SECONDS
-        self._deaths = 0 if steady else self._deaths + 1
-        self._on_death(f"this host's own {self.role} process died (exit {code})")
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            code = await process.wait()
+            why = why or f"exit {code}"
+        log.error("bulk process died", extra=fields(role=self.role, why=why))
+        self._channel = None
+        self._deaths = 0 if loop.time() - began >= STEADY_SECONDS else self._deaths + 1
+        self._on_death(f"this host's own {self.role} process died ({why})")
+
+    async def _spawn(self, fd: int) -> asyncio.subprocess.Process:
+        # -P: the working directory is no place to import from.
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "weightcache.node.bulk", self.role, str(fd),
+            pass_fds=(fd,), stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        log.info("bulk process started", extra=fields(role=self.role, pid=process.pid))
+        return process
 
     async def stop(self) -> None:
         """Close the channel, which ends the process; kill it if it lingers."""

@@ -6,8 +6,10 @@ Messages to it (arrays; ``call`` and ``request`` are the node's numbers, descrip
     blob handle snapshot-of-one-file +fd      close handle             cancel [request, ...]
     read request handle [chunk, ...]    stream request handle [chunk, ...]    copy request handle chunk from +fd
 
-A chunk is (index, offset, length, expected id or b""). From it: ``answer call`` with a memory file, ``error call class
-message``, ``got [[request, index, id, check, length, seconds], ...]``, ``failed [[request, kind, detail, wait, class]]``.
+A chunk is (index, offset, length, expected id or b""). From it, besides answers and errors to calls:
+
+    got [[request, index, id, check, length, seconds], ...]     failed [[request, kind, detail, wait, class], ...]
+
 One read is one attempt: when to try again, and whom to ask instead, is for the planner to say.
 """
 
@@ -18,10 +20,11 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import uvloop
 
@@ -41,6 +44,7 @@ from weightcache.origin import Origins
 
 LANDING_THREADS = 2  # hashing and writing release the interpreter's lock
 Chunk = tuple[int, int, int, bytes]
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -72,6 +76,7 @@ class Reader:
     def _handle(self, message: list[Any], fds: list[int]) -> None:
         match message:
             case ["config", settings]:
+                settings["file_roots"] = tuple(map(Path, settings["file_roots"]))
                 self._origins = Origins(OriginConfig(**settings))
             case ["resolve", call, source]:
                 self._call(call, self._resolve(source))
@@ -91,7 +96,8 @@ class Reader:
             case ["stream", request, handle, chunks]:
                 self._start(request, self._stream(request, self._targets[handle], [tuple(c) for c in chunks]))
             case ["copy", request, handle, chunk, begin]:
-                self._start(request, self._copy(request, self._targets[handle], tuple(chunk), fds.pop(), begin))
+                read = self._thread(fd := fds.pop(), lambda: os.pread(fd, chunk[2], begin))
+                self._start(request, self._copy(request, self._targets[handle], tuple(chunk), read))
         close_all(fds)
 
     # -- calls: one answer each
@@ -163,13 +169,9 @@ class Reader:
         if wanted:
             raise OriginUnavailable(f"{target.entry.source.public}: the answer ended {len(wanted)} chunks early")
 
-    async def _copy(self, request: int, target: _Target, chunk: Chunk, fd: int, begin: int) -> None:
+    async def _copy(self, request: int, target: _Target, chunk: Chunk, read: asyncio.Future[bytes]) -> None:
         began = time.monotonic()
-        try:
-            data = await asyncio.get_running_loop().run_in_executor(self._threads, os.pread, fd, chunk[2], begin)
-        finally:
-            os.close(fd)
-        await self._land(request, target, chunk, data, began)
+        await self._land(request, target, chunk, await read, began)
 
     async def _land(self, request: int, target: _Target, chunk: Chunk, data: Buffer, began: float) -> None:
         index, offset, length, expected = chunk
@@ -180,11 +182,15 @@ class Reader:
                 return land(fd, offset, data, expected)
             except OSError as error:
                 raise _DiskError(f"writing the store: {error.strerror}; see its disk") from None
-            finally:
-                os.close(fd)
 
-        name, check = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        name, check = await self._thread(fd, work)
         self._post("got", [[request, index, name, check, length, time.monotonic() - began]])
+
+    def _thread(self, fd: int, work: Callable[[], Result]) -> asyncio.Future[Result]:
+        """Run ``work`` on ``fd`` in a thread. The descriptor is closed after it, also when it is cancelled first."""
+        future = self._threads.submit(work)
+        future.add_done_callback(lambda _: os.close(fd))
+        return asyncio.wrap_future(future)
 
     def _post(self, *message: Any, fds: Sequence[int] = ()) -> None:
         with contextlib.suppress(ChannelClosed):

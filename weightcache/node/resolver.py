@@ -1,9 +1,9 @@
 """From a source to a snapshot: what this host knows, what its peers know, what the origin states.
 
 A source pinned by commit or content needs no second look. A mutable one is believed for ``fresh`` seconds from when
-anyone in the cluster last asked the origin, so hosts that start together ask it about once between them. When the origin
-cannot be reached, the newest state that anyone has seen serves, and the load's report says so. An origin that answers
-"no" (not found, denied) is believed over any memory.
+anyone in the cluster last asked the origin, so hosts that start together ask it about once between them. When the
+origin cannot be reached, the newest state that anyone has seen serves, and the load's report says so. An origin that
+answers "no" (not found, denied) is believed over any memory.
 """
 
 from __future__ import annotations

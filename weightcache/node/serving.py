@@ -77,6 +77,11 @@ class Serving:
         self.process.send("drop", blob)
         await asyncio.wait([dropped], timeout=DROP_SECONDS)
 
+    async def drop_partial(self) -> None:
+        """Drop every blob of which something was found missing: the process would go on serving it."""
+        known = [info for blob in self._known if (info := self._store.info(blob)) is not None]
+        await asyncio.gather(*(self.drop(info.blob) for info in known if info.state == "partial"))
+
     def _heard(self, message: list[Any], fds: Sequence[int]) -> None:
         match message:
             case ["want", blob]:

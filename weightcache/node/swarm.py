@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -184,7 +184,8 @@ class Swarm:
         """A connection is up. Of two between the same hosts, both keep the one that the smaller id dialled."""
         try:
             info = Info.decode(connection.peer_info)
-            bulk = parse_address(info.bulk) if info.bulk else None
+            # The receiver dials without a resolver: the address that this connection has will do.
+            bulk = Address(connection.remote_host, parse_address(info.bulk).port) if info.bulk else None
         except (ProtocolError, ValueError) as error:
             log.warning("peer refused", extra=fields(peer=dialled, why=str(error)))
             self._spawn(connection.close())
@@ -205,13 +206,13 @@ class Swarm:
         self._shelf.peer_joined(peer)
 
     async def _until_closed(self, peer: Peer) -> None:
-        await peer.connection.closed()
+        why = await peer.connection.closed()
         if self.peers.get(peer.id) is not peer:
             return
         del self.peers[peer.id]
         for blob in [blob for blob, peers in self._wanted.items() if peer.id in peers]:
             self._unwant(blob, peer.id)
-        log.info("peer left", extra=fields(peer=peer.name))
+        log.info("peer left", extra=fields(peer=peer.name, why=str(why or "it closed the connection")))
         self._shelf.peer_left(peer)
 
     def _spawn(self, work: Any) -> None:

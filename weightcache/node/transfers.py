@@ -36,13 +36,12 @@ from weightcache.core.events import (
     Tick,
     Via,
     Wake,
-    Where,
 )
 from weightcache.core.ids import short
 from weightcache.core.manifest import Manifest
 from weightcache.core.planner import LIAR_REST, Planner
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
-from weightcache.errors import BlobCorrupt, FormatError, WeightcacheError, from_wire
+from weightcache.errors import BlobCorrupt, FormatError, WeightcacheError, from_wire, to_wire
 from weightcache.log import fields
 from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
@@ -72,7 +71,7 @@ class Incoming:
     users: int = 0
     local: dict[int, tuple[bytes, int]] = field(default_factory=dict)  # chunk -> (blob, its chunk) on this disk
     opened: set[str] = field(default_factory=set)  # processes that were handed the writer
-    claims: set[bytes] = field(default_factory=set)  # peers whose manifest was believed
+    claims: set[bytes] = field(default_factory=set)  # peers that were believed: their manifest, or a chunk's id
 
     @property
     def blob(self) -> bytes:
@@ -133,7 +132,7 @@ class Transfers:
         return self._planner.rate(peer)
 
     def begin(self, entry: FileEntry, manifest: Manifest, rank: int, holders: dict[bytes, bytes | bool]) -> Incoming:
-        """Start bringing what is missing of a blob that the store has space for. ``holders``: peers and what they have."""
+        """Start bringing what is missing of a blob that has its space. ``holders``: peers, and what they have of it."""
         had = self._store.had(manifest.blob)
         self._next_handle += 1
         writer = self._store.open_writer(manifest.blob)
@@ -146,9 +145,7 @@ class Transfers:
         self._incoming[coming.blob] = self._handles[coming.handle] = coming
         reach = Reach.RANGED if entry.ranged else Reach.STREAM
         known = [(peer, self._chunks(peer, coming, state)) for peer, state in holders.items()]
-        self._feed(
-            LoadAdded(coming.blob, manifest.plan, had, rank, reach, self._attempts, sorted(coming.local), known)
-        )
+        self._feed(LoadAdded(coming.blob, manifest.plan, had, rank, reach, self._attempts, sorted(coming.local), known))
         return coming
 
     def abandon(self, coming: Incoming, error: WeightcacheError | None = None) -> None:
@@ -291,8 +288,7 @@ class Transfers:
                         left.discard(chunk)
                         if not left:
                             del self._requests[request]
-                        self._landed(coming, fetch.via, chunk, name, check, length)
-                        events.append(Got(request, chunk))
+                        events.append(self._landed(coming, fetch, chunk, name, check, length))
                 self._feed(*events)
             case ["failed", rows]:
                 for request, kind, detail, wait, *error in rows:
@@ -302,10 +298,18 @@ class Transfers:
                 return False
         return True
 
-    def _landed(self, coming: Incoming, via: Where, chunk: int, name: bytes, check: bytes, length: int) -> None:
+    def _landed(self, coming: Incoming, fetch: Fetch, chunk: int, name: bytes, check: bytes, length: int) -> Event:
+        """A chunk is written: record that it is had, and tell. What comes of it for the planner."""
         if chunk in coming.had:
-            return
-        self._store.record(coming.blob, [(chunk, name, check)])
+            return Got(fetch.request, chunk)
+        try:
+            self._store.record(coming.blob, [(chunk, name, check)])
+        except WeightcacheError as error:
+            kind, message = to_wire(error)
+            return Failed(fetch.request, Kind.FATAL, f"{coming.entry.path}: {message}", error=kind)
+        via = fetch.via
+        if isinstance(via, bytes) and coming.manifest.id(chunk) is None:
+            coming.claims.add(via)
         coming.manifest.learn(chunk, name, check)
         coming.had.add(chunk)
         for tally in (coming.tally, self.moved):
@@ -319,13 +323,14 @@ class Transfers:
         for listener in coming.listeners:
             listener(begin, begin + length)
         self._had(coming, chunk, name)
+        return Got(fetch.request, chunk)
 
     def _failed(self, request: int, kind: str, detail: str, wait: float = 0.0, error: str = "StoreError") -> None:
         if request not in self._requests:
             return
         coming, fetch, _ = self._requests.pop(request)
         if kind == Kind.MISMATCH and fetch.via is Via.ORIGIN:
-            self._loop.call_soon(self._contradicted, coming, detail)
+            self._contradicted(coming, detail)
         elif kind == "disk":
             self._feed(Failed(request, Kind.FATAL, f"{coming.entry.path}: {detail}", error=error))
         else:
@@ -333,15 +338,20 @@ class Transfers:
 
     def _contradicted(self, coming: Incoming, detail: str) -> None:
         """The origin's own bytes are not what peers said they are: nothing learned from peers is kept."""
-        if self._incoming.get(coming.blob) is not coming:
-            return
         tellers = ", ".join(sorted(map(self._name, coming.claims))) or "peers"
         log.error("manifest contradicts the origin", extra=fields(blob=short(coming.blob), tellers=tellers, why=detail))
         self.distrust(coming.claims)
         self._feed(LoadRemoved(coming.blob))
-        self._loop.run_in_executor(None, self._store.discard, coming.blob)
         name = coming.entry.source.public
-        self._end(coming, BlobCorrupt(f"{name}: what {tellers} told of it is not what its origin has; load it again"))
+        error = BlobCorrupt(f"{name}: what {tellers} told of it is not what its origin has; load it again")
+
+        def discarded(done: asyncio.Future[None]) -> None:
+            done.exception()  # somebody else has removed it
+            if self._incoming.get(coming.blob) is coming:
+                self._end(coming, error)
+
+        # It ends when nothing is left of it: whoever loads again must not find it.
+        self._loop.run_in_executor(None, self._store.discard, coming.blob).add_done_callback(discarded)
 
     def _lost(self, request: int, role: str, reason: str) -> None:
         """A request went down with a process of this host: no peer is to blame for it."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightcache.core.ids import short
-from weightcache.core.layout import MAX_HEADER, head_length, plan_from_head
+from weightcache.core.layout import head_length, plan_from_head
+from weightcache.core.manifest import Manifest
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import parse_source
 from weightcache.errors import BlobCorrupt, UnknownBlob, WeightcacheError
@@ -21,6 +22,18 @@ from weightcache.node.transfers import Incoming, Transfers
 from weightcache.store import BlobInfo, Store
 
 log = logging.getLogger(__name__)
+
+
+LET_GO_SECONDS = 5.0  # for this host's sender to close a blob that is to go
+
+
+@dataclass(frozen=True, slots=True)
+class Settling:
+    """A complete blob that is still to be compared and made durable. ``claims``: peers whose manifest was believed."""
+
+    blob: bytes
+    entry: FileEntry | None
+    claims: frozenset[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +57,7 @@ class Upkeep:
         self._transfers = transfers
         self._serving = serving
         self._swarm = swarm
-        self._queue: asyncio.Queue[Incoming] = asyncio.Queue()
+        self._queue: asyncio.Queue[Settling] = asyncio.Queue()
         self._worker: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         store.let_go = self._let_go
@@ -59,54 +72,63 @@ class Upkeep:
 
     def completed(self, coming: Incoming) -> None:
         """All of a blob is had: see to it that it is what the origin states, and that the disk has it."""
-        self._queue.put_nowait(coming)
+        self._enqueue(Settling(coming.blob, coming.entry, frozenset(coming.claims)))
+
+    def resume(self) -> None:
+        """Take up what an earlier process of this store left undone."""
+        waiting = [info.blob for info in self._store.blobs() if info.state == "complete" and not info.durable]
+        entries = self.entries() if waiting else {}
+        for blob in waiting:
+            self._enqueue(Settling(blob, entries.get(blob), frozenset()))
+
+    def _enqueue(self, settling: Settling) -> None:
+        self._queue.put_nowait(settling)
         if self._worker is None:
             self._worker = asyncio.ensure_future(self._work())
 
     async def _work(self) -> None:
         while True:
-            coming = await self._queue.get()
+            settling = await self._queue.get()
             try:
-                await asyncio.to_thread(self._settle, coming)
+                await asyncio.to_thread(self._settle, settling)
             except UnknownBlob:
                 pass  # evicted meanwhile
             except (WeightcacheError, OSError) as error:
-                log.error("after a load", extra=fields(blob=short(coming.blob), path=coming.entry.path, why=str(error)))
+                log.error("after a load", extra=fields(blob=short(settling.blob), why=str(error)))
 
-    def _settle(self, coming: Incoming) -> None:
-        blob, entry = coming.blob, coming.entry
+    def _settle(self, settling: Settling) -> None:
+        blob, entry = settling.blob, settling.entry
         info = self._store.info(blob)
-        if info is None:
+        manifest = self._store.manifest(blob)
+        if info is None or manifest is None:
             return
-        if not info.checked:
-            why = self._compare(coming)
+        if not info.checked and entry is not None:
+            why = self._compare(entry, manifest)
             if why:
                 self._store.discard(blob)
-                self._loop.call_soon_threadsafe(self._transfers.distrust, coming.claims)
+                self._loop.call_soon_threadsafe(self._transfers.distrust, settling.claims)
                 raise BlobCorrupt(f"{entry.source.public}: {why}; it is removed, load it again")
         self._store.settle(blob)
 
-    def _compare(self, coming: Incoming) -> str:
-        """How a blob differs from what its origin states of the whole, or from its own header's plan; "": it does not."""
-        entry = coming.entry
-        if not self._plan_fits(coming):
+    def _compare(self, entry: FileEntry, manifest: Manifest) -> str:
+        """How a blob differs from what its origin states of it, or from its own header's plan; "": not at all."""
+        if not self._plan_fits(manifest):
             return "the chunks that peers told of do not follow from its header"
         if not entry.digest:
             return ""
-        same = self._store.verify_digest(coming.blob, entry.digest)
+        same = self._store.verify_digest(manifest.blob, entry.digest)
         if same:
-            self._store.set_checked(coming.blob)
+            self._store.set_checked(manifest.blob)
         return "" if same is not False else f"its bytes are not those that the origin states ({entry.digest[:18]}…)"
 
-    def _plan_fits(self, coming: Incoming) -> bool:
-        with open(self._store.path(coming.blob), "rb") as file:
-            size = coming.manifest.size
-            length = head_length(file.read(9), size)
+    def _plan_fits(self, manifest: Manifest) -> bool:
+        with open(self._store.path(manifest.blob), "rb") as file:
+            length = head_length(file.read(9), manifest.size)
             head = None
-            if length is not None and length <= MAX_HEADER + 8:
+            if length is not None:
                 file.seek(0)
                 head = file.read(length)
-            return list(plan_from_head(size, head)) == list(coming.manifest.plan)
+        return list(plan_from_head(manifest.size, head)) == list(manifest.plan)
 
     # -- verify
 
@@ -121,15 +143,16 @@ class Upkeep:
             info = self._store.info(blob)
             if info is None:
                 continue
-            if info.suspect:
-                await asyncio.to_thread(self._store.recheck, blob)
+            if self._transfers.incoming(blob) is not None:
+                yield Verified(short(blob), info.name, info.size, [], None, "it is being loaded; verify it afterwards")
+                continue
             bad = await asyncio.to_thread(self._scrub, blob, deep)
             repaired: dict[str, Any] | None = None
             error = None
             if bad:
                 log.error("bad chunks", extra=fields(blob=short(blob), path=info.name, chunks=bad))
-                await self._serving.drop(blob)
                 await asyncio.to_thread(self._store.unhave, blob, bad)
+                await self._serving.drop_partial()  # also twins, whose bytes are the same file's
                 self._swarm.announce_state(blob, has=False)
                 if repair:
                     repaired, error = await self._repair(blob, entries.get(blob))
@@ -201,7 +224,11 @@ class Upkeep:
 
     def _let_go(self, blob: bytes) -> None:
         """From the store's thread, before it asks whether anybody has a blob open: this host's sender must not."""
-        asyncio.run_coroutine_threadsafe(self._serving.drop(blob), self._loop).result(5.0)
+        dropped = asyncio.run_coroutine_threadsafe(self._serving.drop(blob), self._loop)
+        try:
+            dropped.result(LET_GO_SECONDS)
+        except TimeoutError:
+            log.warning("the sender does not let go", extra=fields(blob=short(blob)))
 
     def _gone(self, blob: bytes) -> None:
         self._loop.call_soon_threadsafe(lambda: self._swarm.announce_state(blob, has=False))

@@ -30,7 +30,8 @@ class BlobInfo:
     """What the store says of one blob. ``size`` and ``had_bytes`` in bytes, ``last_used`` in seconds since the epoch.
 
     ``checked``: compared with what the origin states. ``durable``: the disk has all of it. ``suspect``: to be rechecked
-    before any chunk counts as had. ``shared``: how many other blobs have their bytes in the same file.
+    before any chunk counts as had. ``shared``: how many other blobs have their bytes in the same file. ``private``: it
+    is not for peers.
     """
 
     blob: bytes
@@ -46,6 +47,7 @@ class BlobInfo:
     durable: bool
     suspect: bool
     shared: int
+    private: bool
 
 
 @dataclass(slots=True)
@@ -90,13 +92,16 @@ class Catalog:
                 self.trust(entry)
         return entry
 
-    def add(self, tables: Tables, name: str, inode: int, *, content: bytes = b"") -> Entry:
+    def add(
+        self, tables: Tables, name: str, inode: int, *, content: bytes = b"", private: bool = False
+    ) -> Entry:
         """Make a new blob known, with the chunks that ``tables`` has."""
         manifest = tables.manifest
         serial = self._index.new_serial()
         record = BlobRecord(serial, manifest.size, len(manifest), name, self.boot, time.time())
         record.checked = manifest.checked
         record.content = content
+        record.private = private
         self._index.add_blob(manifest.blob, record, tables)
         had_bytes = sum(manifest.plan.span(index)[1] for index in tables.had)
         with self.lock:
@@ -163,6 +168,7 @@ class Catalog:
                 durable=record.durable != 0,
                 suspect=entry.suspect,
                 shared=self._sharing[entry.inode] - 1,
+                private=record.private,
             )
 
     def move(self, entry: Entry, inode: int) -> None:

@@ -48,7 +48,7 @@ class BlobRecord:
 
     ``serial`` names its segments; ``boot`` is the kernel boot under which its bytes were last known to be good;
     ``durable`` the mtime (ns) of its file when the disk had all of it (0: not yet), which any later write changes;
-    ``content`` names its bytes once it is complete and settled (b"": not yet).
+    ``content`` names its bytes once it is complete and settled (b"": not yet). ``private``: it is not for peers.
     """
 
     serial: int
@@ -61,10 +61,11 @@ class BlobRecord:
     checked: bool = False
     durable: int = 0
     content: bytes = b""
+    private: bool = False
 
     def encode(self) -> bytes:
         fields = [self.serial, self.size, self.chunks, self.name, self.boot, self.last_used]
-        return bytes(msgpack.packb([*fields, self.pinned, self.checked, self.durable, self.content]))
+        return bytes(msgpack.packb([*fields, self.pinned, self.checked, self.durable, self.content, self.private]))
 
     @classmethod
     def decode(cls, data: bytes) -> BlobRecord:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from weightcache.core.ids import check, chunk_id
@@ -54,13 +53,17 @@ def scrub(fd: int, tables: Tables, *, deep: bool = False) -> Iterator[tuple[int,
         yield index, good and len(data) == manifest.plan.span(index)[1]
 
 
-def matches(fd: int, plan: ChunkPlan, digest: str) -> bool | None:
-    """Whether the whole file has ``digest`` (``sha256:``, ``md5:`` or ``crc32c:HEX``); None: nothing here can tell."""
+def matches(fd: int, plan: ChunkPlan, digest: str, go_on: Callable[[], None] = lambda: None) -> bool | None:
+    """Whether the whole file has ``digest`` (``sha256:``, ``md5:`` or ``crc32c:HEX``); None: nothing here can tell.
+
+    ``go_on`` is called between chunks, and may raise.
+    """
     algorithm, _, expected = digest.partition(":")
     state = _hash(algorithm)
     if state is None:
         return None
     for _, data in read_chunks(fd, plan, range(len(plan))):
+        go_on()
         state.update(data)
     return state.hexdigest() == expected.lower()
 
@@ -71,9 +74,7 @@ def _hash(algorithm: str) -> _Hash | None:
     if algorithm == "md5":
         return hashlib.md5(usedforsecurity=False)
     if algorithm == "crc32c":
-        try:
-            found: _Hash = importlib.import_module("crc32c").CRC32CHash()
-        except ImportError:  # not a dependency: without it such digests go unverified
-            return None
-        return found
+        from crc32c import CRC32CHash  # only Google's stores state such a digest
+
+        return CRC32CHash()
     return None

@@ -36,7 +36,7 @@ from weightcache.errors import StoreError, StoreFull, StoreInUse
 from weightcache.store import scrub
 from weightcache.store.catalog import BlobInfo, Catalog, Entry
 from weightcache.store.evict import Evicted, Evictor, Notice, reasons
-from weightcache.store.files import BlobFiles, make_dir
+from weightcache.store.files import BlobFiles, flush_range, make_dir
 from weightcache.store.index import Index
 from weightcache.store.records import Tables
 from weightcache.store.snapshots import Hub
@@ -44,6 +44,7 @@ from weightcache.store.snapshots import Hub
 log = logging.getLogger(__name__)
 
 SLACK = 16 << 20  # bytes that stay free on the disk, so that the index can always grow
+FLUSH = 32 << 20  # bytes written out before the next look at whether the store is being closed
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -64,6 +65,7 @@ class Store:
         # it is asked who has the blob open, so that this daemon's own processes close it; ``gone``: it is removed.
         self.let_go: Notice = _nobody
         self.gone: Notice = _nobody
+        self._interrupted = threading.Event()
         self._evictor = Evictor(
             self._catalog,
             self._files,
@@ -121,13 +123,23 @@ class Store:
         with _told(self.root):
             self._index.sync()
 
+    def interrupt(self) -> None:
+        """Have long readings and flushes of other threads end soon, with StoreError: the store is about to close."""
+        self._interrupted.set()
+
     def close(self) -> None:
-        """Flush, and let others open the store. Slow; the second time it does nothing."""
+        """Flush the index, and let others open the store. Slow; the second time it does nothing."""
+        self.interrupt()
         with self._names:
             if self._lock >= 0:
                 self._index.close()
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child may hold a copy of the descriptor
                 os.close(self._lock)
                 self._lock = -1
+
+    def _go_on(self) -> None:
+        if self._interrupted.is_set():
+            raise StoreError(f"{self.root}: the store is being closed; try again when it is open")
 
     # -- snapshots
 
@@ -160,8 +172,10 @@ class Store:
 
     # -- blobs
 
-    def create(self, manifest: Manifest, name: str) -> BlobInfo:
+    def create(self, manifest: Manifest, name: str, *, private: bool = False) -> BlobInfo:
         """Reserve space for a blob, or resume one that is there; ``name`` is for people. Slow.
+
+        ``private``: it is not for peers.
 
         A blob whose bytes another blob has already is complete at once. Evicts the least recently used if it must.
         Raises StoreFull when that is not enough.
@@ -178,14 +192,16 @@ class Store:
                     )
                 self._catalog.touch(manifest.blob)
             elif twin is not None:
-                entry = self._adopt(manifest, name, entry, twin, content)
+                entry = self._adopt(manifest, name, entry, twin, content, private)
             else:
                 inode = self._reserve(manifest.blob, manifest.size, name)
                 known = Manifest(manifest.blob, manifest.plan, bytes(manifest.ids), checked=manifest.checked)
-                entry = self._catalog.add(Tables(known, ChunkSet(len(manifest))), name, inode)
+                entry = self._catalog.add(Tables(known, ChunkSet(len(manifest))), name, inode, private=private)
             return self._catalog.info(entry)
 
-    def _adopt(self, manifest: Manifest, name: str, old: Entry | None, twin: Entry, content: bytes) -> Entry:
+    def _adopt(
+        self, manifest: Manifest, name: str, old: Entry | None, twin: Entry, content: bytes, private: bool
+    ) -> Entry:
         """Make a blob known as complete: its bytes are those of ``twin``."""
         if old is not None:
             self._evictor.discard(old)
@@ -194,7 +210,7 @@ class Store:
             manifest.blob, manifest.plan, bytes(manifest.ids), bytes(tables.manifest.checks), manifest.checked
         )
         self._files.link(twin.blob, self._files.path(manifest.blob))
-        entry = self._catalog.add(Tables(same, tables.had), name, twin.inode, content=content)
+        entry = self._catalog.add(Tables(same, tables.had), name, twin.inode, content=content, private=private)
         if old is not None and old.record.pinned:
             self.pin(manifest.blob)
         return entry
@@ -276,6 +292,9 @@ class Store:
     def _make_durable(self, entry: Entry) -> None:
         with _told(self.root), self._leased(entry.blob), self._reading(entry.blob) as fd:
             before = os.fstat(fd)
+            for offset in range(0, before.st_size, FLUSH):  # one long fsync could not be interrupted
+                self._go_on()
+                flush_range(fd, offset, FLUSH)
             os.fsync(fd)
             with self._catalog.lock:
                 if entry.complete and entry.inode == before.st_ino:
@@ -380,7 +399,9 @@ class Store:
         """
         entry = self._catalog.entry(blob)
         with _told(self.root), self._leased(blob), self._reading(blob) as fd:
-            yield from scrub.scrub(fd, self._catalog.copy_tables(entry), deep=deep)
+            for outcome in scrub.scrub(fd, self._catalog.copy_tables(entry), deep=deep):
+                self._go_on()
+                yield outcome
 
     def recheck(self, blob: bytes) -> int:
         """Read a suspect blob again and drop the chunks that are not what was written. Slow. Returns how many."""
@@ -399,7 +420,7 @@ class Store:
         if not entry.complete:
             raise StoreError(f"{entry.record.name} ({short(blob)}) is not complete; load it first")
         with _told(self.root), self._leased(blob), self._reading(blob) as fd:
-            return scrub.matches(fd, self._catalog.copy_tables(entry).manifest.plan, digest)
+            return scrub.matches(fd, self._catalog.copy_tables(entry).manifest.plan, digest, self._go_on)
 
     @contextlib.contextmanager
     def _leased(self, blob: bytes) -> Iterator[None]:
