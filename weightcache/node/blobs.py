@@ -61,10 +61,14 @@ class Blobs:
         for blob in blobs:
             self._wanting[blob] = self._wanting.get(blob, 0) + 1
             self._states.setdefault(blob, {})
-        asking = asyncio.ensure_future(self._swarm.want(blobs))
+        asking = asyncio.ensure_future(self._ask(blobs))
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
         await asyncio.wait([asking], timeout=PEERS_SECONDS)
+
+    async def _ask(self, blobs: Sequence[bytes]) -> None:
+        await self._swarm.settled()
+        await self._swarm.want(blobs)
 
     def unwant(self, blobs: Sequence[bytes]) -> None:
         over = []

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
-from weightcache.errors import LoadFailed, SourceError, WeightcacheError
+from weightcache.errors import LoadFailed, SourceChanged, SourceError, WeightcacheError
 from weightcache.node.blobs import Blobs, rank
 from weightcache.node.report import Report, Tally
 from weightcache.node.resolver import Resolver
@@ -76,6 +76,8 @@ class Loading:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, SourceChanged):
+            self._resolver.doubt(self.source)
         for file in self.files:
             self._stop_listening(file)
         for coming in self._brought:

@@ -26,7 +26,7 @@ from weightcache.node.calls import OriginCalls
 from weightcache.node.loading import Had, Loading
 from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
-from weightcache.node.resolver import Resolver
+from weightcache.node.resolver import Resolver, is_shared
 from weightcache.node.serving import Serving
 from weightcache.node.swarm import Info, Peer, State, Swarm
 from weightcache.node.transfers import Incoming, Transfers
@@ -135,7 +135,7 @@ class Node:
 
     def find(self, source: str) -> bytes | None:
         parsed = parse_source(source)
-        snapshot = self.store.find_snapshot(parsed) if parsed.scheme != "file" else None
+        snapshot = self.store.find_snapshot(parsed) if is_shared(parsed) else None
         return encode_snapshot(snapshot) if snapshot is not None else None
 
     def state(self, blob: bytes) -> State:

@@ -9,6 +9,7 @@ answers "no" (not found, denied) is believed over any memory.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -22,7 +23,14 @@ from weightcache.node.report import Tally
 from weightcache.node.swarm import Peer, Swarm
 from weightcache.store import Store
 
+PEERS_SECONDS = 1.0  # for which a host that has just started waits to meet its peers
+
 log = logging.getLogger(__name__)
+
+
+def is_shared(source: Source) -> bool:
+    """Whether peers may hear of a source: a path means something else on every host, and a query may be a secret."""
+    return source.scheme != "file" and not source.query
 
 
 class Resolver:
@@ -42,6 +50,7 @@ class Resolver:
         self._admit = admit
         self._fresh = fresh
         self._running: dict[Source, asyncio.Task[Snapshot]] = {}
+        self._doubted: set[Source] = set()
 
     async def resolve(self, source: Source, tally: Tally, *, revalidate: bool = False) -> Snapshot:
         """The snapshot to load. ``revalidate``: the origin is asked whatever is known. Reasons go to ``tally``.
@@ -49,6 +58,7 @@ class Resolver:
         Raises SourceError and its kin, or OriginUnavailable when nobody knows the source.
         """
         self._admit(source)
+        revalidate = revalidate or source in self._doubted
         known = await asyncio.to_thread(self._store.find_snapshot, source)
         if known is not None and not revalidate and self._is_fresh(known):
             return known
@@ -59,13 +69,19 @@ class Resolver:
             task.add_done_callback(lambda _: self._running.pop(source, None))
         return await asyncio.shield(task)
 
+    def doubt(self, source: Source) -> None:
+        """The origin has contradicted what is known of a source: the next time it is asked, however fresh that is."""
+        self._doubted.add(source)
+
     def _is_fresh(self, snapshot: Snapshot) -> bool:
         age = time.time() - snapshot.resolved_at
         return snapshot.immutable or -self._fresh < age < self._fresh  # clocks of hosts differ a little
 
     async def _look_up(self, source: Source, known: Snapshot | None, tally: Tally, revalidate: bool) -> Snapshot:
         seen: list[tuple[Snapshot, str]] = [(known, "this host")] if known is not None else []
-        if source.scheme != "file":  # a path means something else on every host
+        if is_shared(source):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._swarm.settled(), PEERS_SECONDS)
             seen += [(snapshot, peer.name) for peer, snapshot in await self._ask_peers(source)]
         seen.sort(key=lambda item: item[0].resolved_at, reverse=True)
         if seen and not revalidate and self._is_fresh(seen[0][0]):
@@ -73,6 +89,7 @@ class Resolver:
         else:
             try:
                 snapshot = await self._origin.resolve(source)
+                self._doubted.discard(source)
             except OriginUnavailable as error:
                 if not seen:
                     raise

@@ -114,6 +114,9 @@ class Swarm:
         self._wanted: dict[bytes, set[bytes]] = {}  # blob -> peers that want news of it
         self._news: dict[bytes, list[int]] = {}  # blob -> chunks to announce
         self._flush: asyncio.TimerHandle | None = None
+        self._untried: set[Address] = set()  # members that are being dialled for the first time
+        self._tried = asyncio.Event()
+        self._tried.set()
         self.troubles: dict[str, str] = {}  # member's address -> why it is not connected
 
     async def listen(self, address: Address) -> int:
@@ -151,34 +154,54 @@ class Swarm:
             if address not in wanted:
                 self._dialling.pop(address).cancel()
                 self.troubles.pop(str(address), None)
+                self._has_tried(address)
         for address in sorted(wanted - self._dialling.keys()):
+            self._untried.add(address)
+            self._tried.clear()
             self._dialling[address] = asyncio.ensure_future(self._keep(address))
+
+    def _has_tried(self, address: Address) -> None:
+        self._untried.discard(address)
+        if not self._untried:
+            self._tried.set()
+
+    async def settled(self) -> None:
+        """Wait until every member that the directory names has been dialled once: a host that has just started has
+        no peers yet, and must not take that for having none."""
+        await self._tried.wait()
 
     async def _keep(self, address: Address) -> None:
         """Stay connected to a member for as long as it is one."""
         pause = REDIAL_SECONDS[0]
         while True:
             try:
-                known = next((peer for peer in self.peers.values() if peer.name == str(address)), None)
-                if known is None:
-                    connection = await connect(
-                        address.host, address.port, self._key, self._id, self._introduce, self._handle
-                    )
-                    self._connected(connection, str(address))
-                else:
-                    connection = known.connection
+                peer = next((peer for peer in self.peers.values() if peer.name == str(address)), None)
+                if peer is None:
+                    peer = await self._dial(address)
                 self.troubles.pop(str(address), None)
                 pause = REDIAL_SECONDS[0]
-                await connection.closed()
+                self._has_tried(address)
+                await peer.connection.closed()
             except ItselfError:
+                self._has_tried(address)
                 return  # the member is this host
             except (OSError, WeightcacheError) as error:
                 reason = str(error) or type(error).__name__
                 if self.troubles.get(str(address)) != reason:
                     log.warning("peer unreachable", extra=fields(peer=str(address), why=reason))
                 self.troubles[str(address)] = reason
+                self._has_tried(address)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, REDIAL_SECONDS[1])
+
+    async def _dial(self, address: Address) -> Peer:
+        """Connect to a member. It may be connected already, under another address or by a connection of its own."""
+        connection = await connect(address.host, address.port, self._key, self._id, self._introduce, self._handle)
+        self._connected(connection, str(address))
+        peer = self.peers.get(connection.peer_id)
+        if peer is None:
+            raise ProtocolError("it introduced itself in a way that this host does not understand")
+        return peer
 
     def _connected(self, connection: ControlConnection, dialled: str = "") -> None:
         """A connection is up. Of two between the same hosts, both keep the one that the smaller id dialled."""
@@ -199,10 +222,9 @@ class Swarm:
         self.peers[peer.id] = peer
         self._spawn(self._until_closed(peer))
         if other is not None:
-            other.name = name
-            self._spawn(other.connection.close())
-            return
-        log.info("peer joined", extra=fields(peer=name, datacenter=info.datacenter))
+            self._spawn(other.connection.close())  # with it go calls that were under way: they are made again
+        else:
+            log.info("peer joined", extra=fields(peer=name, datacenter=info.datacenter))
         self._shelf.peer_joined(peer)
 
     async def _until_closed(self, peer: Peer) -> None:

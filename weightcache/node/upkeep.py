@@ -154,8 +154,10 @@ class Upkeep:
                 await asyncio.to_thread(self._store.unhave, blob, bad)
                 await self._serving.drop_partial()  # also twins, whose bytes are the same file's
                 self._swarm.announce_state(blob, has=False)
-                if repair:
-                    repaired, error = await self._repair(blob, entries.get(blob))
+            if info.suspect:
+                await asyncio.to_thread(self._store.recheck, blob)  # what is left of it is good
+            if bad and repair:
+                repaired, error = await self._repair(blob, entries.get(blob))
             yield Verified(short(blob), info.name, info.size, bad, repaired, error)
 
     def _scrub(self, blob: bytes, deep: bool) -> list[int]:
