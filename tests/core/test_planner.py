@@ -7,18 +7,18 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.virtual import CHUNK, FAILS, MIB, World
+from tests.core.virtual import FAILS, MIB, World
 from weightcache.core import planner as rules
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.bits import members, members_from_anywhere
 from weightcache.core.events import (
-    Blame,
     Cancel,
     Done,
     Event,
@@ -32,14 +32,13 @@ from weightcache.core.events import (
     PeerGot,
     PeerHas,
     PeerLeft,
+    PeerPardoned,
     Reach,
     Tick,
-    Via,
     Wake,
 )
-from weightcache.core.layout import ChunkPlan
+from weightcache.core.layout import CHUNK, ChunkPlan
 from weightcache.core.loads import Load
-from weightcache.core.peers import UNPROVEN_CHUNKS
 from weightcache.core.planner import Planner
 
 BEHAVIOURS = ["good", "good", "silent", *FAILS]
@@ -91,6 +90,8 @@ def random_world(seed: int) -> World:
             world.has(peer, blob)
         elif what < 0.3:
             world.leave(peer)
+        elif what < 0.35:
+            world.pardon(peer)
         elif what < 0.5:
             peer.behaviour = draw.choice(BEHAVIOURS)
         elif len(wanted.plan):
@@ -98,9 +99,9 @@ def random_world(seed: int) -> World:
 
     blobs = [f"blob {index}" for index in range(draw.choice([1, 2, 5]))]
     for blob in blobs:
-        world.at(draw.choice([0.0, 0.0, draw.random()]), lambda blob=blob: add(blob))
+        world.at(draw.choice([0.0, 0.0, draw.random()]), partial(add, blob))
     for _ in range(draw.choice([0, 5, 40])):
-        world.at(draw.choice([0.1, 1.0, 20.0]) * draw.random(), lambda blob=draw.choice(blobs): something(blob))
+        world.at(draw.choice([0.1, 1.0, 20.0]) * draw.random(), partial(something, draw.choice(blobs)))
     return world
 
 
@@ -114,21 +115,22 @@ def test_every_load_ends_whatever_goes_wrong(first: int) -> None:
             raise AssertionError(f"random_world({seed}) at {world.now:.3f} s: {error}") from error
 
 
-def test_the_same_events_give_the_same_actions_in_every_process() -> None:
-    def digest() -> str:
-        found = hashlib.sha256()
-        for seed in (3, 7, 12, 31):
-            world = random_world(seed)
-            world.run()
-            found.update("\n".join(world.log).encode())
-        return found.hexdigest()
+def digest() -> str:
+    """All that the planner decided in a few worlds."""
+    found = hashlib.sha256()
+    for seed in (3, 7, 12, 31):
+        world = random_world(seed)
+        world.run()
+        found.update("\n".join(world.log).encode())
+    return found.hexdigest()
 
+
+def test_the_same_events_give_the_same_actions_in_every_process() -> None:
     here = digest()
     assert digest() == here
-    program = "from tests.core import test_planner as t\nt.print_digest()"
     for hash_seed in ("1", "2"):
         done = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", "from tests.core.test_planner import digest; print(digest())"],
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
             cwd=Path(__file__).parents[2],
             capture_output=True,
@@ -136,3 +138,86 @@ def test_the_same_events_give_the_same_actions_in_every_process() -> None:
             check=True,
         )
         assert done.stdout.strip() == here
+
+
+# -- any events at all
+
+CHUNKS = 6
+blobs = st.sampled_from([b"a" * 32, b"b" * 32])
+names = st.sampled_from([b"1", b"2", b"3"])
+chunks = st.lists(st.integers(-1, CHUNKS), max_size=CHUNKS)
+chunk_sets = st.sets(st.integers(0, CHUNKS - 1)).map(lambda some: ChunkSet(CHUNKS, some))
+any_events = st.one_of(
+    st.builds(
+        lambda blob, had, rank, origin: LoadAdded(
+            blob, ChunkPlan(CHUNKS * MIB, range(0, CHUNKS * MIB, MIB)), had, rank, origin, 2, (0, 3)
+        ),
+        blobs,
+        chunk_sets,
+        st.integers(0, 1),
+        st.sampled_from(Reach),
+    ),
+    st.builds(LoadRemoved, blobs),
+    st.builds(PeerHas, names, blobs, st.none() | chunk_sets | st.just(ChunkSet(CHUNKS + 9, [CHUNKS + 8]))),
+    st.builds(PeerGot, names, blobs, chunks),
+    st.builds(PeerLeft, names),
+    st.builds(PeerPardoned, names),
+    st.builds(Got, st.integers(0, 40), st.integers(-1, CHUNKS)),
+    st.builds(Failed, st.integers(0, 40), st.sampled_from(Kind), st.text(max_size=5), st.floats()),
+    st.just(Tick()),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(), st.lists(st.tuples(any_events, st.floats(0, 30)), max_size=60))
+def test_any_events_in_any_order_leave_the_books_right(seed: int, events: list[tuple[Event, float]]) -> None:
+    planner, now = Planner(seed), 0.0
+    known: dict[int, bytes] = {}
+    loads: set[bytes] = set()
+    for event, later in events:
+        now += later
+        if isinstance(event, LoadAdded):
+            loads.add(event.blob)
+        elif isinstance(event, LoadRemoved):
+            loads.discard(event.blob)
+        for action in planner.handle(event, now):
+            match action:
+                case Fetch():
+                    assert action.request not in known
+                    assert action.blob in loads
+                    known[action.request] = action.blob
+                case Cancel(request):
+                    assert request in known
+                case Done(blob) | GiveUp(blob):
+                    assert blob in loads
+                    loads.discard(blob)
+                case Wake(at):
+                    assert now < at <= now + rules.HEARTBEAT
+    assert planner._loads.keys() == loads
+    for blob in sorted(loads):
+        planner.handle(LoadRemoved(blob), now)
+    assert not planner._requests
+    assert (planner._peers.owed, planner._peers.owing, planner._reading, planner._copying) == (0, 0, 0, 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["learn", "gain", "lose", "lack"]), chunk_sets)))
+def test_a_load_knows_who_has_what(steps: list[tuple[int, str, ChunkSet]]) -> None:
+    plan = ChunkPlan(CHUNKS, range(CHUNKS))
+    load = Load(b"", plan, 0, Reach.NONE, 1, (1 << CHUNKS) - 1, 0, CHUNKS, 0.0, [0] * CHUNKS)
+    has: dict[int, set[int]] = {slot: set() for slot in range(4)}
+    for slot, what, some in steps:
+        if what == "lose":
+            load.lose(slot)
+            has[slot].clear()
+        else:
+            getattr(load, what)(slot, some)
+            has[slot] = {"learn": set(some), "gain": has[slot] | set(some), "lack": has[slot] - set(some)}[what]
+        for chunk in range(CHUNKS):
+            holders = {slot for slot in has if chunk in has[slot]}
+            assert set(members(load.complete | load.holders[chunk])) == holders
+            assert bool(load.held >> chunk & 1) == bool(load.holders[chunk])
+
+
+@given(st.integers(0, 1 << 70), st.integers())
+def test_a_walk_from_anywhere_meets_every_member_once(mask: int, seed: int) -> None:
+    assert sorted(members_from_anywhere(mask, random.Random(seed))) == [n for n in range(71) if mask >> n & 1]

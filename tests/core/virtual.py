@@ -11,6 +11,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import weightcache.errors
 from weightcache.core import peers as limits
@@ -32,6 +33,7 @@ from weightcache.core.events import (
     PeerGot,
     PeerHas,
     PeerLeft,
+    PeerPardoned,
     Reach,
     Tick,
     Via,
@@ -59,9 +61,9 @@ FAILS = {
 @dataclass
 class Peer:
     name: bytes
-    behaviour: str = "good"
-    rate: float = 500e6
-    wait: float = 0.05  # what it asks for when it says BUSY
+    behaviour: str
+    rate: float  # bytes/s
+    wait: float  # what it asks for when it says BUSY
     present: bool = True
     free_at: float = 0.0  # it sends one chunk after the other
     holds: dict[bytes, set[int]] = field(default_factory=dict)  # as far as it said, and was not found out
@@ -123,8 +125,8 @@ class World:
 
     # -- setting the scene
 
-    def add_peer(self, name: str, behaviour: str = "good", **more: float) -> Peer:
-        peer = self.peers[name.encode()] = Peer(name.encode(), behaviour, **more)
+    def add_peer(self, name: str, behaviour: str = "good", rate: float = 500e6, wait: float = 0.05) -> Peer:
+        peer = self.peers[name.encode()] = Peer(name.encode(), behaviour, rate, wait)
         return peer
 
     def want(
@@ -176,6 +178,11 @@ class World:
         peer.holds.clear()
         self.feed(PeerLeft(peer.name))
         assert not any(flight.fetch.via == peer.name for flight in self.flights.values())
+
+    def pardon(self, peer: Peer) -> None:
+        peer.rests_until = peer.liar_until = 0.0
+        peer.doubted = False
+        self.feed(PeerPardoned(peer.name))
 
     def drop(self, blob: str) -> None:
         self.wanted[blob.encode()].dropped = True
@@ -270,7 +277,7 @@ class World:
         elif peer.behaviour == "good":
             for index, chunk in enumerate(fetch.chunks):
                 peer.free_at = max(peer.free_at, soon) + self.wanted[fetch.blob].plan.span(chunk)[1] / peer.rate
-                self.at(peer.free_at, lambda index=index: self._deliver(fetch, index))
+                self.at(peer.free_at, partial(self._deliver, fetch, index))
         else:
             assert peer.behaviour == "silent"
 
@@ -286,7 +293,7 @@ class World:
         when = self.now + 0.02
         for index, chunk in enumerate(fetch.chunks[:reach]):
             when = self.now + 0.02 + (sum(plan.span(chunk)) - begin) / self.origin.rate
-            self.at(when, lambda index=index: self._deliver(fetch, index))
+            self.at(when, partial(self._deliver, fetch, index))
         if reach < len(fetch.chunks) or behaviour == "fatal":
             kind = Kind.FATAL if behaviour == "fatal" else Kind.UNAVAILABLE
             self.at(when + LATENCY, lambda: self._fail(fetch, kind, self.origin.detail, 0.0, "OriginUnavailable"))
@@ -341,8 +348,17 @@ class World:
             if (flight.fetch.via == peer.name if peer else isinstance(flight.fetch.via, bytes))
         )
 
+    def owed_once(self) -> int:
+        """By all peers, without what is asked of a second one: that has a budget of its own."""
+        flights = [flight for flight in self.flights.values() if isinstance(flight.fetch.via, bytes)]
+        return sum(self._bytes(*one) for one in {(f.fetch.blob, f.fetch.chunks) for f in flights})
+
     def _bytes(self, blob: bytes, chunks: Iterable[int]) -> int:
         return sum(self.wanted[blob].plan.span(chunk)[1] for chunk in chunks)
+
+    def asked_of(self, peer: Peer) -> list[Fetch]:
+        """All requests that were ever made to it."""
+        return [fetch for _, fetch in self.fetches if fetch.via == peer.name]
 
     def _usable(self, peer: Peer) -> bool:
         """Whether it would have to be asked, or waited for, rather than the origin."""
@@ -375,7 +391,8 @@ class World:
             assert len(others) == 1, "a chunk is on its way three times"
             assert isinstance(others[0].fetch.via, bytes)
             assert fetch.via != others[0].fetch.via
-            assert self.now - others[0].sent >= rules.SOFT_DEADLINE
+            asked = self.peers[others[0].fetch.via]
+            assert asked.doubted or self.now - others[0].sent >= rules.SOFT_DEADLINE
             self.hedged += size
             assert self.hedged <= rules.HEDGE_SHARE * self.asked + rules.HEDGE_BYTES
         if fetch.via is Via.LOCAL:
@@ -414,7 +431,7 @@ class World:
                 via_peer.setdefault(flight.fetch.via, []).append(flight)
         assert sum(flight.fetch.via is Via.ORIGIN for flight in self.flights.values()) <= self.streams
         assert sum(flight.fetch.via is Via.LOCAL for flight in self.flights.values()) <= rules.LOCAL_CHUNKS
-        assert self.owed() < rules.HOST_BYTES + CHUNK
+        assert self.owed_once() < rules.HOST_BYTES + CHUNK
         for name in via_peer:
             assert self.owed(self.peers[name]) < limits.PEER_BYTES + CHUNK
             assert len(via_peer[name]) <= limits.PEER_CHUNKS
@@ -428,6 +445,8 @@ class World:
         assert {n: set(r.pending) for n, r in mine._requests.items()} == {n: f.pending for n, f in self.flights.items()}
         assert mine._peers.owed == self.owed()
         assert len(mine._deadlines) <= 64 + 4 * len(mine._requests)
+        assert len(mine._late) <= 64 + 2 * len(mine._requests)
+        assert len(mine._pauses) <= 64
 
     def _check_not_idle(self) -> None:
         """Nothing is on its way: then nobody could have been asked."""

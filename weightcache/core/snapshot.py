@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -139,6 +139,33 @@ def _entry(path: Any, source: Any, version: Any, size: Any, digest: Any, ranged:
     if len(version) > 1024 or len(digest) > 256 or not version:
         raise FormatError("snapshot holds a malformed version")
     return FileEntry(check_path(path), parse_source(source), version, size, digest, ranged is True)
+
+
+def adopt(snapshot: Snapshot, source: Source, now: float) -> Snapshot:
+    """What another host says that ``source`` is, with all that follows from the source itself worked out anew.
+
+    Raises FormatError unless every file is one of that source. Its sizes, versions and digests stay that host's word.
+    """
+    revision = snapshot.revision if source.scheme == "hf" else tree_revision(snapshot.files)
+    if snapshot.source != source or snapshot.revision != revision:
+        raise FormatError("it is not of this source")
+    below = source.path if source.is_tree else f"{source.path}/"
+    for entry in snapshot.files:
+        if source.scheme == "hf":
+            inside = entry.path == source.path or entry.path.startswith(below)
+            belongs = inside and entry.source == replace(source.at(revision), path=entry.path)
+        else:
+            belongs = entry.source == (source if snapshot.single else source.child(entry.path))
+        if not belongs or (entry.version.startswith("sha256:") and entry.digest != entry.version):
+            raise FormatError(f"it holds {entry.path[:200]!r}, which is no file of this source")
+    if snapshot.single and len(snapshot.files) != 1:
+        raise FormatError("it is one file, and is not")
+    return replace(
+        snapshot,
+        folder=folder_name(source),
+        resolved_at=min(snapshot.resolved_at, now),
+        immutable=source.scheme == "hf" and source.revision == revision,
+    )
 
 
 def is_blob_id(name: Any) -> bool:

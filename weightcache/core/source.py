@@ -52,6 +52,11 @@ class Source:
         return not self.path or self.path.endswith("/")
 
     @property
+    def is_local(self) -> bool:
+        """Whether it means something else on every host: no other is asked about it, or told."""
+        return self.scheme == "file"
+
+    @property
     def public(self) -> str:
         """The spelling for logs and reports: a query (it may be a signature) is left out."""
         return str(replace(self, query="")) + ("?…" if self.query else "")

@@ -1,0 +1,111 @@
+"""What the planner remembers of each request and of each load. Bookkeeping only; it decides nothing.
+
+Sets of chunks and of peers are integers, a bit each (see bits.py): `missing & held` are the chunks worth looking at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from weightcache.core.bitmap import ChunkSet
+from weightcache.core.events import Peer, Reach, Where
+from weightcache.core.ids import short
+from weightcache.core.layout import ChunkPlan
+
+NAMED = 3  # failed peers that a last word names
+
+
+@dataclass(slots=True)
+class Request:
+    blob: bytes
+    via: Where
+    pending: dict[int, int]  # chunk -> length
+    sent: float
+
+
+@dataclass(slots=True)
+class Load:
+    blob: bytes
+    plan: ChunkPlan
+    rank: int
+    origin: Reach
+    attempts: int
+    missing: int  # chunks neither had nor under way
+    local: int  # chunks to be copied from this host's own disk
+    left: int  # how many are not had
+    progressed: float  # when a chunk last arrived, or it was merely not this load's turn
+    holders: list[int]  # of each chunk: the peers that have some, and it
+    held: int = 0  # chunks that have such holders
+    partial: int = 0  # peers that have some
+    complete: int = 0  # peers that have all
+    flights: dict[int, list[int]] = field(default_factory=dict)  # chunk -> requests
+    reading: int = 0  # requests at the origin
+    tries: dict[int, int] = field(default_factory=dict)  # chunk -> failed reads from the origin
+    tried: int = 0  # chunks of which there are such
+    spent: int = 0  # chunks for which it will not be asked any more
+    origin_rests_until: float = float("-inf")
+    origin_failures: int = 0  # since it last delivered
+    origin_error: tuple[str, str] = ("LoadFailed", "no origin can be read from here")
+    failed: dict[Peer, str] = field(default_factory=dict)  # the last failure of each peer, latest last
+
+    def length(self, chunk: int) -> int:
+        return self.plan.span(chunk)[1]
+
+    def learn(self, slot: int, chunks: ChunkSet) -> None:
+        """The peer has these chunks and no others."""
+        self.lose(slot)
+        if chunks.is_full:
+            self.complete |= 1 << slot
+        else:
+            self.gain(slot, chunks)
+
+    def gain(self, slot: int, chunks: Iterable[int]) -> None:
+        """The peer has these chunks, too."""
+        bit = 1 << slot
+        if self.complete & bit:
+            return
+        self.partial |= bit
+        for chunk in chunks:
+            if 0 <= chunk < len(self.holders):
+                if not self.holders[chunk]:
+                    self.held |= 1 << chunk
+                self.holders[chunk] |= bit
+
+    def lose(self, slot: int) -> None:
+        """Forget what the peer has."""
+        bit = 1 << slot
+        self.complete &= ~bit
+        if self.partial & bit:
+            self.partial ^= bit
+            self._strike(bit, range(len(self.holders)))
+
+    def lack(self, slot: int, chunks: Iterable[int]) -> None:
+        """The peer has not got these chunks, whatever it said."""
+        bit = 1 << slot
+        if self.complete & bit:
+            self.complete ^= bit
+            self.gain(slot, range(len(self.holders)))
+        self._strike(bit, chunks)
+
+    def _strike(self, bit: int, chunks: Iterable[int]) -> None:
+        for chunk in chunks:
+            if self.holders[chunk] & bit:
+                self.holders[chunk] ^= bit
+                if not self.holders[chunk]:
+                    self.held ^= 1 << chunk
+
+    def note(self, peer: Peer, why: str) -> None:
+        """How ``peer`` failed, for the last word."""
+        self.failed.pop(peer, None)
+        self.failed[peer] = why
+
+    def last_word(self) -> tuple[str, str]:
+        """Why it cannot be finished: a class of errors.py, and one line."""
+        error, origin = self.origin_error
+        named = [f"peer {short(peer)}: {why}" for peer, why in reversed(self.failed.items())][:NAMED]
+        if len(self.failed) > NAMED:
+            named.append(f"{len(self.failed) - NAMED} other peers failed before")
+        if not named:
+            named = ["no peer answers" if self.complete or self.held else "no peer has them"]
+        return error, f"{self.left} of {len(self.plan)} chunks cannot be had: {'; '.join([origin, *named])}"

@@ -1,0 +1,499 @@
+"""The planner: which chunk from whom, decided from events alone.
+
+Theory of operation. ``handle(event, now)`` changes the state and returns actions; it opens no socket, reads no clock,
+and draws only from its own seeded generator, so the daemon and a simulator run the very same decisions.
+
+A *load* is one blob that this host wants. Its missing chunks are taken from random places (a swarm that wants
+everything in one order has one queue); loads are served by rank (small files, then text encoders, denoisers, the rest),
+and equals take turns. A chunk comes, in this order, from this host's own disk, from a peer that has it, from the
+origin. The origin is asked only when no usable peer has the chunk: one that is merely busy is waited for. Among holders
+one is sampled in proportion to rate / (bytes owed + length): never the best one, which all would pick.
+
+Failures route by kind. A peer that failed rests for a growing while, then proves itself with one chunk; one that lied
+(wrong bytes, broken protocol) is not asked for LIAR_REST seconds. A request past its soft deadline is hedged, within a
+budget; a peer that sent nothing meanwhile rests, so that nothing waits for it; past the hard deadline it is cancelled.
+When nothing arrives from anyone, it is this host that is slow: then nothing is asked twice. The origin is retried with
+growing, jittered pauses, by one read at a time, at most ``attempts`` times a chunk. What cannot be had from anyone ends
+the load with the last reasons: no chunk is asked for forever. One decision looks at a bounded number of chunks and
+loads; a heartbeat looks at them all, so that nothing sleeps forever.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from itertools import islice
+
+from weightcache.core.bitmap import ChunkSet
+from weightcache.core.bits import members, members_from_anywhere
+from weightcache.core.events import (
+    LIES,
+    Action,
+    Blame,
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    Fetch,
+    GiveUp,
+    Got,
+    Kind,
+    LoadAdded,
+    LoadRemoved,
+    Peer,
+    PeerGot,
+    PeerHas,
+    PeerLeft,
+    PeerPardoned,
+    Reach,
+    Tick,
+    Via,
+    Wake,
+    Where,
+)
+from weightcache.core.layout import CHUNK
+from weightcache.core.loads import Load, Request
+from weightcache.core.peers import NEVER, Peers, PeerState
+
+ORIGIN_READ = CHUNK  # bytes of one ranged read: a chunk, or a run of smaller neighbours
+HOST_BYTES = 256 << 20  # peers that together owe this much are asked for no more
+LOCAL_CHUNKS = 4  # copies from this host's own disk at once
+SOFT_DEADLINE = 2.0  # seconds beyond four times the expected time, after which a request is hedged
+LONGEST_SOFT = 30.0  # however slow the peer
+HARD_FACTOR = 4  # times the soft deadline, after which it is cancelled
+HEDGE_SHARE = 0.05  # of the bytes asked for so far may be asked for twice
+HEDGE_BYTES = 4 * CHUNK  # and this much
+LIAR_REST = 600.0
+FIRST_REST, LONGEST_REST = 1.0, 60.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+LONGEST_BUSY = 5.0  # seconds for which a peer's BUSY is believed at a time
+BUSY_PATIENCE = 10.0  # a peer that says BUSY for longer and delivers nothing has failed
+PATIENCE = 30.0  # seconds without progress for which a load waits for resting peers when nobody else is left
+LONGEST_STALL = 300.0  # seconds without progress after which it ends although peers are still being tried
+HEARTBEAT = 5.0
+CHUNKS_SEEN, LOADS_SEEN, LATE_SEEN = 16, 8, 4  # looked at in vain before a turn is given up: bounds one decision
+
+
+class Planner:
+    """Decides for one host. ``streams``: reads in flight to origins at most."""
+
+    def __init__(self, seed: int, streams: int = 8) -> None:
+        self._random = random.Random(seed)
+        self._streams = streams
+        self._loads: dict[bytes, Load] = {}
+        self._queues: dict[int, deque[Load]] = {}  # by rank, ascending; whoever is looked at goes to the end
+        self._peers = Peers()
+        self._requests: dict[int, Request] = {}
+        self._next = 0
+        self._deadlines: list[tuple[float, int, bool]] = []  # heap of (when, request, hard)
+        self._pauses: list[float] = []  # heap: when an origin may be asked again
+        self._late: deque[int] = deque()  # requests to be hedged
+        self._beat = NEVER  # the next heartbeat
+        self._woken = NEVER  # the Wake that was sent last
+        self._arrived = -NEVER  # when any chunk last did
+        self._reading = 0  # requests at origins
+        self._copying = 0  # requests at this host's own disk
+        self._asked = 0  # bytes, ever
+        self._hedged = 0  # bytes, ever
+        self._out: list[Action] = []
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Apply one event at time ``now`` (seconds, monotonic) and return what to do about it."""
+        self._out = []
+        self._peers.rested(now)
+        match event:
+            case Got():
+                self._got(event, now)
+            case Failed():
+                self._failed(event, now)
+            case PeerGot() | PeerHas():
+                self._peer_has(event, now)
+            case PeerLeft():
+                self._peer_left(event, now)
+            case PeerPardoned():
+                self._peers.pardon(event.peer, now)
+            case LoadAdded():
+                self._added(event, now)
+            case LoadRemoved():
+                self._remove(event.blob, now)
+            case Tick():
+                self._woken = NEVER
+        self._pass_deadlines(now)
+        self._hedge(now)
+        beat = now >= self._beat
+        self._dispatch(now, thorough=beat or not self._requests)
+        for load in list(self._loads.values()):
+            if beat or (load.spent and not load.flights):
+                self._check_stuck(load, now)
+        self._plan_wake(now)
+        return self._out
+
+    def rest(self, peer: Peer, now: float) -> float:
+        """For how many more seconds ``peer`` will not be asked, because it failed."""
+        known = self._peers.get(peer)
+        return max(0.0, known.rests_until - now) if known else 0.0
+
+    def rate(self, peer: Peer) -> float:
+        """Bytes per second that ``peer`` delivered lately."""
+        known = self._peers.get(peer)
+        return known.rate if known else 0.0
+
+    # -- what is wanted, and who has it
+
+    def _added(self, event: LoadAdded, now: float) -> None:
+        if event.blob in self._loads:
+            return
+        count = len(event.plan)
+        missing = ((1 << count) - 1) & ~int.from_bytes(event.had.bits, "little")
+        local = missing & int.from_bytes(ChunkSet(count, event.local).bits, "little")
+        load = Load(
+            event.blob, event.plan, event.rank, event.origin, event.attempts, missing, local,
+            left=missing.bit_count(), progressed=now, holders=[0] * count,
+        )  # fmt: skip
+        if not load.left:
+            self._out.append(Done(load.blob))
+            return
+        self._loads[event.blob] = load
+        self._queues.setdefault(event.rank, deque()).appendleft(load)
+        self._queues = dict(sorted(self._queues.items()))
+        for peer, chunks in event.holders:
+            self._peer_has(PeerHas(peer, event.blob, chunks), now)
+
+    def _remove(self, blob: bytes, now: float) -> None:
+        load = self._loads.pop(blob, None)
+        if load is None:
+            return
+        self._queues[load.rank].remove(load)
+        if not self._queues[load.rank]:
+            del self._queues[load.rank]
+        for number in sorted({number for flights in load.flights.values() for number in flights}):
+            self._cancel(number, load, now)
+
+    def _peer_has(self, event: PeerHas | PeerGot, now: float) -> None:
+        load = self._loads.get(event.blob)
+        if load is None:
+            return
+        slot = self._peers.meet(event.peer, now).slot
+        if isinstance(event, PeerGot):
+            load.gain(slot, event.chunks)
+        elif event.chunks is None:
+            load.learn(slot, ChunkSet(len(load.plan), full=True))
+        elif event.chunks.size == len(load.plan):
+            load.learn(slot, event.chunks)
+
+    def _peer_left(self, event: PeerLeft, now: float) -> None:
+        peer = self._peers.get(event.peer)
+        if peer is None:
+            return
+        self._abandon(peer, now)
+        for load in self._loads.values():
+            load.lose(peer.slot)
+        self._peers.leave(peer, now)
+
+    # -- what came of a request
+
+    def _got(self, event: Got, now: float) -> None:
+        request = self._requests.get(event.request)
+        if request is None or event.chunk not in request.pending:
+            return
+        load = self._loads[request.blob]
+        if request.via is Via.ORIGIN:
+            load.origin_failures = 0
+            load.origin_rests_until = min(load.origin_rests_until, now)
+        load.left -= 1
+        load.progressed = self._arrived = now
+        for number in list(load.flights[event.chunk]):  # the hedge that lost, too
+            self._land(number, event.chunk, load, now, delivered=number == event.request)
+            if number != event.request and number not in self._requests:
+                self._out.append(Cancel(number))
+        if not load.left:
+            self._remove(load.blob, now)
+            self._out.append(Done(load.blob))
+
+    def _failed(self, event: Failed, now: float) -> None:
+        request = self._requests.get(event.request)
+        if request is None:
+            return
+        load = self._loads[request.blob]
+        chunks = self._end(event.request, load, now)
+        why = " ".join(f"{event.kind}: {event.detail}".split()).removesuffix(":")
+        if event.kind is Kind.FATAL:
+            self._give_up(load, event.error, " ".join(event.detail.split()) or why, now)
+        elif isinstance(request.via, bytes):
+            load.note(request.via, why)
+            self._peer_failed(load, self._peers[request.via], chunks, event, now)
+        elif request.via is Via.LOCAL:
+            for chunk in chunks:
+                load.local &= ~(1 << chunk)  # the copy is not what it should be: from elsewhere, then
+            self._out.append(Blame(load.blob, Via.LOCAL, event.kind, event.detail, 0.0))
+        else:
+            load.origin_error = (event.error, f"origin: {why}")
+            self._origin_failed(load, chunks, event, now)
+
+    def _peer_failed(self, load: Load, peer: PeerState, chunks: list[int], event: Failed, now: float) -> None:
+        if event.kind is Kind.UNKNOWN:
+            load.lose(peer.slot)
+        elif event.kind is Kind.MISSING:
+            load.lack(peer.slot, chunks)
+        elif event.kind in LIES:
+            self._rest(load, peer, event.kind, event.detail, LIAR_REST, now)
+            self._abandon(peer, now)
+        elif event.kind is Kind.BUSY:
+            if now > peer.busy_until + BUSY_PATIENCE or peer.delivered > peer.busy_since:
+                peer.busy_since = now
+            if now > peer.busy_since + BUSY_PATIENCE:
+                self._penalize(load, peer, event.kind, event.detail, now)
+            else:
+                wait = min(max(0.01, event.wait), LONGEST_BUSY)
+                self._peers.refuse(peer, now + wait * self._random.uniform(1.0, 1.5), now)
+        else:
+            self._penalize(load, peer, event.kind, event.detail, now)
+
+    def _penalize(self, load: Load, peer: PeerState, kind: Kind, detail: str, now: float) -> None:
+        if peer.rests_until > now:
+            return  # one lost connection makes many requests fail: it is counted once
+        rest = min(LONGEST_REST, FIRST_REST * 2 ** min(peer.failures, 10)) * self._random.uniform(0.75, 1.25)
+        peer.failures += 1
+        self._rest(load, peer, kind, detail, rest, now)
+
+    def _rest(self, load: Load, peer: PeerState, kind: Kind, detail: str, rest: float, now: float) -> None:
+        self._peers.rest(peer, now + rest, now)
+        self._out.append(Blame(load.blob, peer.name, kind, detail, rest))
+
+    def _origin_failed(self, load: Load, chunks: list[int], event: Failed, now: float) -> None:
+        for chunk in chunks:
+            load.tries[chunk] = load.tries.get(chunk, 0) + 1
+            load.tried |= 1 << chunk
+            if load.tries[chunk] >= load.attempts:
+                load.spent |= 1 << chunk
+        if now >= load.origin_rests_until:  # one outage makes many reads fail: it is counted once
+            pause = FIRST_PAUSE * 2 ** min(load.origin_failures, 10) * self._random.uniform(0.5, 1.5)
+            pause = min(LONGEST_PAUSE, max(pause, event.wait))
+            load.origin_failures += 1
+            load.origin_rests_until = now + pause
+            heapq.heappush(self._pauses, load.origin_rests_until)
+            self._out.append(Blame(load.blob, Via.ORIGIN, event.kind, event.detail, pause))
+
+    def _give_up(self, load: Load, error: str, message: str, now: float) -> None:
+        self._remove(load.blob, now)
+        self._out.append(GiveUp(load.blob, error, message))
+
+    # -- requests: made, shortened by what arrives, ended
+
+    def _ask(self, load: Load, where: Where, chunks: list[int], now: float) -> None:
+        number = self._next = self._next + 1
+        request = self._requests[number] = Request(load.blob, where, {c: load.length(c) for c in chunks}, now)
+        for chunk, length in request.pending.items():
+            load.missing &= ~(1 << chunk)
+            load.flights.setdefault(chunk, []).append(number)
+            self._asked += length
+            if isinstance(where, bytes):
+                self._peers.owe(self._peers[where], length, now)
+        if isinstance(where, bytes):
+            peer = self._peers[where]
+            if peer.failures:
+                self._late.append(number)  # it has yet to prove itself: nothing waits for that
+            soft = min(LONGEST_SOFT, SOFT_DEADLINE + 4 * peer.owed / peer.rate)
+            heapq.heappush(self._deadlines, (now + soft, number, False))
+            heapq.heappush(self._deadlines, (now + HARD_FACTOR * soft, number, True))
+        elif where is Via.ORIGIN:
+            self._reading += 1
+            load.reading += 1
+        else:
+            self._copying += 1
+        whole = where is Via.ORIGIN and load.origin is Reach.STREAM
+        self._out.append(Fetch(number, load.blob, where, tuple(chunks), whole))
+
+    def _land(self, number: int, chunk: int, load: Load, now: float, *, delivered: bool) -> None:
+        """``chunk`` is no longer awaited from request ``number``; a request that awaits nothing is over."""
+        request = self._requests[number]
+        length = request.pending.pop(chunk)
+        load.flights[chunk].remove(number)
+        if not load.flights[chunk]:
+            del load.flights[chunk]
+        if isinstance(request.via, bytes):
+            self._peers.settle(self._peers[request.via], length, now, delivered=delivered)
+        if request.pending:
+            return
+        del self._requests[number]
+        if request.via is Via.ORIGIN:
+            self._reading -= 1
+            load.reading -= 1
+        elif request.via is Via.LOCAL:
+            self._copying -= 1
+
+    def _end(self, number: int, load: Load, now: float) -> list[int]:
+        """Nothing more is awaited from request ``number``: what was, and no other request brings, is missing again."""
+        chunks = list(self._requests[number].pending)
+        for chunk in chunks:
+            self._land(number, chunk, load, now, delivered=False)
+            if chunk not in load.flights:
+                load.missing |= 1 << chunk
+        return chunks
+
+    def _cancel(self, number: int, load: Load, now: float) -> None:
+        self._end(number, load, now)
+        self._out.append(Cancel(number))
+
+    def _abandon(self, peer: PeerState, now: float) -> None:
+        """Expect nothing more from ``peer``."""
+        if peer.chunks:
+            for number, request in list(self._requests.items()):
+                if request.via == peer.name:
+                    self._cancel(number, self._loads[request.blob], now)
+
+    # -- time
+
+    def _pass_deadlines(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number, hard = heapq.heappop(self._deadlines)
+            request = self._requests.get(number)
+            if request is None or not isinstance(request.via, bytes):
+                continue
+            load, peer = self._loads[request.blob], self._peers[request.via]
+            silent = peer.delivered < (request.sent + now) / 2
+            why = f"{sum(request.pending.values())} bytes did not come within {now - request.sent:.1f} s"
+            if hard:
+                self._out.append(Cancel(number))
+                self._failed(Failed(number, Kind.STALLED, why), now)
+                if silent:
+                    self._abandon(peer, now)
+                continue
+            if now > self._arrived + SOFT_DEADLINE and self._peers.owing.bit_count() > 1:
+                heapq.heappush(self._deadlines, (now + SOFT_DEADLINE, number, False))  # nothing comes from anyone
+                continue
+            self._late.append(number)
+            if silent:
+                load.note(peer.name, f"{Kind.STALLED}: {why}")
+                self._penalize(load, peer, Kind.STALLED, why, now)
+            else:
+                peer.slower(peer.owed / (now - request.sent))
+
+    def _hedge(self, now: float) -> None:
+        """Ask somebody else for what is late, too: as soon as there is somebody, and within the budget."""
+        for _ in range(min(LATE_SEEN, len(self._late))):
+            number = self._late.popleft()
+            request = self._requests.get(number)
+            if request is None:
+                continue
+            load = self._loads[request.blob]
+            ((chunk, length),) = request.pending.items()
+            if len(load.flights[chunk]) > 1:
+                continue
+            where: Where | None = None
+            if self._hedged + length <= HEDGE_SHARE * self._asked + HEDGE_BYTES:
+                where = self._elsewhere(load, chunk, length, request.via, now)
+            if where is None:
+                self._late.append(number)
+            else:
+                self._hedged += length
+                self._ask(load, where, [chunk], now)
+
+    def _elsewhere(self, load: Load, chunk: int, length: int, asked: Where, now: float) -> Where | None:
+        """Who else may be asked for a chunk that peer ``asked`` was asked for."""
+        known = self._peers.get(asked) if isinstance(asked, bytes) else None
+        others = (load.complete | load.holders[chunk]) & ~(1 << known.slot if known else 0)
+        if able := others & self._peers.open:
+            return self._peers.sample(able, length, self._random)  # even if HOST_BYTES are owed: by those who are late
+        ranged = load.origin is Reach.RANGED and not load.spent >> chunk & 1
+        return Via.ORIGIN if ranged and not others & self._peers.busy and self._origin_open(load, now) else None
+
+    def _plan_wake(self, now: float) -> None:
+        if not self._loads:
+            self._beat = NEVER
+        elif self._beat <= now or self._beat == NEVER:
+            self._beat = now + HEARTBEAT
+        while self._pauses and self._pauses[0] <= now:
+            heapq.heappop(self._pauses)
+        if len(self._deadlines) > 64 + 4 * len(self._requests):  # most are of requests long answered
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+            heapq.heapify(self._deadlines)
+        while self._deadlines and self._deadlines[0][1] not in self._requests:
+            heapq.heappop(self._deadlines)
+        at = min(self._beat, self._peers.next_rested, *self._pauses[:1], *(entry[0] for entry in self._deadlines[:1]))
+        if at < self._woken or self._woken <= now:
+            self._woken = at
+            if at < NEVER:
+                self._out.append(Wake(at))
+
+    # -- who is asked for what
+
+    def _dispatch(self, now: float, *, thorough: bool) -> None:
+        for queue in self._queues.values():
+            vain = 0
+            while vain < len(queue) and (thorough or vain < LOADS_SEEN):
+                load = queue[0]
+                queue.rotate(-1)
+                vain = 0 if load.missing and self._place(load, now, thorough) else vain + 1
+
+    def _place(self, load: Load, now: float, thorough: bool) -> bool:
+        """Make one request for ``load``; whether there was one to make."""
+        wanted = load.missing
+        if load.local:
+            wanted &= ~load.local
+            local = load.missing & load.local
+            if local and self._copying < LOCAL_CHUNKS:
+                self._ask(load, Via.LOCAL, [next(members_from_anywhere(local, self._random))], now)
+                return True
+        seen = None if thorough else CHUNKS_SEEN
+        peers = self._peers
+        holders = load.complete | load.partial
+        if peers.owed < HOST_BYTES and holders & peers.open:
+            some = wanted if load.complete & peers.open else wanted & load.held
+            likely = peers.askable(holders) or thorough
+            for chunk in islice(members_from_anywhere(some, self._random), seen if likely else 1):
+                if askable := peers.askable(load.complete | load.holders[chunk]):
+                    self._ask(load, peers.sample(askable, load.length(chunk), self._random), [chunk], now)
+                    return True
+        usable = peers.open | peers.busy
+        if not load.complete & usable and self._origin_open(load, now):
+            wanted &= ~load.spent
+            left_alone = wanted & load.held if load.partial & ~usable else 0
+            # What failed is tried again in order: soon it is known whether it can be had at all.
+            turns = [members(wanted & load.tried)]
+            turns += [members_from_anywhere(some, self._random) for some in (wanted & ~load.held, left_alone)]
+            for turn in turns:
+                for chunk in islice(turn, seen):
+                    if not load.holders[chunk] & usable:
+                        self._ask(load, Via.ORIGIN, self._run(load, chunk), now)
+                        return True
+        return False
+
+    def _origin_open(self, load: Load, now: float) -> bool:
+        at_once = 1 if load.origin is Reach.STREAM or load.origin_failures else self._streams
+        free = load.reading < at_once and self._reading < self._streams
+        return load.origin is not Reach.NONE and free and now >= load.origin_rests_until
+
+    def _run(self, load: Load, chunk: int) -> list[int]:
+        """``chunk`` and the neighbours behind it that only the origin has, as far as one read goes."""
+        if load.origin is Reach.STREAM:  # all of it passes by anyway
+            return list(members(load.missing & ~load.local))
+        usable = self._peers.open | self._peers.busy
+        wanted = load.missing & ~load.local & ~load.spent
+        run, size = [chunk], load.length(chunk)
+        for following in range(chunk + 1, len(load.plan)):
+            size += load.length(following)
+            if size > ORIGIN_READ or not wanted >> following & 1 or load.holders[following] & usable:
+                break
+            run.append(following)
+        return run
+
+    def _check_stuck(self, load: Load, now: float) -> None:
+        """End ``load`` if nothing can be expected any more."""
+        spent = load.missing & ~load.local
+        if load.origin is not Reach.NONE:
+            spent &= load.spent
+        if load.flights:
+            stuck = not load.reading and now >= load.progressed + LONGEST_STALL
+        elif not spent:
+            return
+        elif load.origin is not Reach.NONE and not load.complete and spent & ~load.held:
+            stuck = True  # the origin was the last who had it
+        else:
+            able = self._peers.open | (self._peers.busy & self._peers.owing)
+            if any((load.complete | load.holders[chunk]) & able for chunk in members(spent)):
+                load.progressed = now  # it is merely not its turn
+            stuck = now >= load.progressed + PATIENCE
+        if stuck:
+            self._give_up(load, *load.last_word(), now)
