@@ -44,12 +44,13 @@ class Load:
     until ``close``.
     """
 
-    def __init__(self, response: ClientResponse, snapshot: Json) -> None:
+    def __init__(self, response: ClientResponse, events: AsyncIterator[Json], snapshot: Json) -> None:
         self._response = response
+        self._events = events  # the iterator that gave the snapshot: it may have read on
         self.snapshot = snapshot
 
     async def __aiter__(self) -> AsyncIterator[Json]:
-        async for event in _events(self._response):
+        async for event in self._events:
             yield event
             if event["event"] == "done":
                 return
@@ -83,7 +84,6 @@ class Client:
         self._connecting = asyncio.Lock()
         self._embedded = contextlib.AsyncExitStack()
         self._own = False
-        self._connecting = asyncio.Lock()  # requests at once must not embed a node each
 
     async def __aenter__(self) -> Self:
         return self
@@ -110,20 +110,22 @@ class Client:
 
     # -- loading
 
-    async def load(self, source: str, *, revalidate: bool = False, single: bool = False) -> Load:
+    async def load(self, source: str, *, revalidate: bool = False, single: bool = False, hold: bool = True) -> Load:
         """Start a load; returns once its files may be mapped. ``single``: refuse what is not one file.
 
-        ``revalidate``: ask the origin for the current version whatever is known.
+        ``revalidate``: ask the origin for the current version whatever is known. Without ``hold``, the leases end when
+        all is had.
         """
-        body = {"source": source, "revalidate": revalidate, "single": single, "hold": True}
+        body = {"source": source, "revalidate": revalidate, "single": single, "hold": hold}
         response = await self._request("POST", "/v1/load", body)
-        async for event in _events(response):
-            return Load(response, event)
+        events = _events(response)
+        async for event in events:
+            return Load(response, events, event)
         raise DaemonError("the daemon ended before the load began; load again")
 
     async def pull(self, source: str, on_event: Progress | None = None, *, revalidate: bool = False) -> Json:
         """Bring a source here, whole; returns the report. ``on_event`` hears of the snapshot, then of progress."""
-        load = await self.load(source, revalidate=revalidate)
+        load = await self.load(source, revalidate=revalidate, hold=False)
         try:
             if on_event is not None:
                 on_event(load.snapshot)
@@ -190,8 +192,7 @@ class Client:
     async def _request(self, method: str, path: str, body: Json | None = None) -> ClientResponse:
         from aiohttp import ClientError
 
-        async with self._connecting:
-            session = self._session or await self._connect()
+        session = self._session or await self._connect()
         try:
             response = await session.request(method, f"http://daemon{path}", json=body)
         except (ClientError, OSError) as error:

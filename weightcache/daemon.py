@@ -256,9 +256,11 @@ async def _load(request: web.Request) -> web.StreamResponse:
         finally:
             await _stop(teller)
         await _tell_once(response, news)
-        await _say(response, {"event": "done", "report": report.to_json()})
+        done = {"event": "done", "report": report.to_json()}
         if body["hold"]:
+            await _say(response, done)
             await asyncio.Event().wait()  # the leases last until the client is gone, which cancels this
+    await _say(response, done)  # who holds nothing may evict it from here on
     return response
 
 
@@ -313,12 +315,14 @@ async def serving(node: Node, path: Path) -> AsyncIterator[None]:
 def _clear(path: Path) -> None:
     """Remove what a daemon that was killed left at ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_socket():
+        if not path.exists():
+            return
+        raise DaemonError(f"socket {path}: something that is no socket is there; choose another --socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
+        except (FileNotFoundError, ConnectionRefusedError):
             path.unlink(missing_ok=True)
             return
         except OSError as error:

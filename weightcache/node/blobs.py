@@ -6,21 +6,18 @@ Each blob comes once however many want it: whoever comes later joins. Who brings
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from weightcache.core.ids import short
 from weightcache.core.manifest import Manifest, decode_manifest
 from weightcache.core.snapshot import FileEntry
 from weightcache.errors import FormatError
-from weightcache.log import fields
 from weightcache.node.calls import OriginCalls
+from weightcache.node.compare import contradiction
 from weightcache.node.swarm import Peer, Swarm
 from weightcache.node.transfers import Incoming, Transfers
+from weightcache.node.trust import Trust
 from weightcache.store import Store
-
-log = logging.getLogger(__name__)
 
 PEERS_SECONDS = 1.0  # for which a load waits to hear what its peers have before it asks the origin
 MANIFEST_PEERS = 3  # that are asked for a manifest before the origin is
@@ -44,11 +41,12 @@ def rank(entry: FileEntry) -> int:
 class Blobs:
     """The blobs of this host that are wanted now, and what peers say to have of them."""
 
-    def __init__(self, store: Store, swarm: Swarm, calls: OriginCalls, transfers: Transfers) -> None:
+    def __init__(self, store: Store, swarm: Swarm, calls: OriginCalls, transfers: Transfers, trust: Trust) -> None:
         self._store = store
         self._swarm = swarm
         self._calls = calls
         self._transfers = transfers
+        self._trust = trust
         self._states: dict[bytes, dict[bytes, State]] = {}  # wanted blob -> peer -> what it has
         self._wanting: dict[bytes, int] = {}  # wanted blob -> by how many
         self._locks: dict[bytes, asyncio.Lock] = {}
@@ -87,14 +85,19 @@ class Blobs:
             asking.add_done_callback(self._asking.discard)
 
     def peer_left(self, peer: Peer) -> None:
+        self._transfers.note(peer.id, f"peer {peer.name}: the connection to it was lost")
+        self.forget(peer.id)
+
+    def forget(self, peer: bytes) -> None:
+        """What a peer said to have counts no more."""
         for states in self._states.values():
-            states.pop(peer.id, None)
-        self._transfers.peer_left(peer.id)
+            states.pop(peer, None)
+        self._transfers.peer_left(peer)
 
     def peer_state(self, peer: Peer, blob: bytes, state: State | None) -> None:
         """All that a peer has of a blob now. A set that does not fit the blob is ignored, and logged."""
         states = self._states.get(blob)
-        if states is None or peer.bulk is None or self._transfers.lied(peer.id):
+        if states is None or peer.bulk is None or self._trust.is_liar(peer.id):
             return
         if state is None:
             states.pop(peer.id, None)
@@ -103,7 +106,7 @@ class Blobs:
         self._transfers.peer_has(peer.id, blob, state)
 
     def peer_got(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None:
-        if blob in self._states and peer.bulk is not None:
+        if blob in self._states and peer.bulk is not None and not self._trust.is_liar(peer.id):
             self._transfers.peer_got(peer.id, blob, chunks)
 
     # -- bringing one
@@ -156,8 +159,13 @@ class Blobs:
 
     async def _begin(self, entry: FileEntry) -> Incoming | None:
         manifest, teller = await self._manifest(entry)
-        info = await asyncio.to_thread(self._store.create, manifest, entry.path)
+        info = await asyncio.to_thread(self._store.create, manifest, entry.path, private=entry.source.is_local)
         if info.state == "complete":  # it is empty, or its very bytes are here under another name
+            why = await asyncio.to_thread(contradiction, self._store, entry) if teller is not None else ""
+            if teller is not None and why:
+                await asyncio.to_thread(self._store.discard, entry.blob)
+                self._transfers.contradicted(entry.source, [teller], ())
+                return await self._begin(entry)  # without this teller
             return None
         coming = self._transfers.begin(entry, manifest, rank(entry), self._states.get(entry.blob, {}))
         if teller is not None:
@@ -170,7 +178,7 @@ class Blobs:
         holders = sorted(states, key=lambda peer: states[peer] is not True)
         for peer_id in holders[:MANIFEST_PEERS]:
             peer = self._swarm.peers.get(peer_id)
-            if peer is None or self._transfers.lied(peer_id):
+            if peer is None or self._trust.rest(peer_id):
                 continue
             data = await self._swarm.manifest(peer, entry.blob)
             if data is None:
@@ -180,10 +188,9 @@ class Blobs:
                 if manifest.blob != entry.blob or manifest.size != entry.size:
                     raise FormatError("it is another blob's")
             except FormatError as error:
-                log.warning(
-                    "peer's manifest ignored", extra=fields(peer=peer_id, blob=short(entry.blob), why=str(error))
-                )
+                self._trust.lied(peer_id, peer.name, f"its manifest of {entry.path} is none: {error}")
                 continue
+            manifest.checked = False  # by whom? This host has yet to see for itself
             return manifest, peer_id
         return None, None
 

@@ -17,6 +17,7 @@ from weightcache.node.processes import BulkProcess, read_memory_file
 from weightcache.node.transfers import one_file
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
+LONGEST_WAIT = 10.0  # seconds that an origin may ask to be left alone for, and is
 
 Answer = TypeVar("Answer")
 
@@ -58,7 +59,8 @@ class OriginCalls:
             except OriginUnavailable as error:
                 if attempt >= self._attempts:
                     raise OriginUnavailable(f"{error} (asked {attempt} times)") from None
-            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                wait = min(error.retry_after or 0.0, LONGEST_WAIT)
+            await asyncio.sleep(max(wait, pause * random.uniform(0.5, 1.5)))
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError("count has no end")
 
@@ -69,9 +71,12 @@ class OriginCalls:
                 data = read_memory_file(fds[0], max(MAX_SNAPSHOT_BYTES, MAX_MANIFEST_BYTES))
                 if (future := self._waiting.get(number)) is not None and not future.done():
                     future.set_result(data)
-            case ["error", number, name, text]:
+            case ["error", number, name, text, wait]:
+                error = from_wire(name, text)
+                if isinstance(error, OriginUnavailable):
+                    error.retry_after = wait
                 if (future := self._waiting.get(number)) is not None and not future.done():
-                    future.set_exception(from_wire(name, text))
+                    future.set_exception(error)
             case _:
                 return False
         return True

@@ -22,6 +22,7 @@ from weightcache.node.blobs import Blobs, rank
 from weightcache.node.report import Report, Tally
 from weightcache.node.resolver import Resolver
 from weightcache.node.transfers import Incoming
+from weightcache.node.trust import Trust
 from weightcache.store import Store
 
 OPENING = 16  # files whose manifests and space are seen to at once
@@ -51,6 +52,7 @@ class Loading:
         store: Store,
         blobs: Blobs,
         resolver: Resolver,
+        trust: Trust,
         on_had: Had | None = None,
         *,
         revalidate: bool = False,
@@ -59,6 +61,7 @@ class Loading:
         self._store = store
         self._blobs = blobs
         self._resolver = resolver
+        self._trust = trust
         self._on_had = on_had
         self._revalidate = revalidate
         self._tally = Tally()
@@ -76,8 +79,6 @@ class Loading:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, SourceChanged):
-            self._resolver.doubt(self.source)
         for file in self.files:
             self._stop_listening(file)
         for coming in self._brought:
@@ -152,7 +153,7 @@ class Loading:
         self.snapshot = snapshot
         now = self._lap("resolve", now)
         unique = {entry.blob: entry for entry in snapshot.files}
-        missing = [blob for blob in unique if not self._is_here(blob)]
+        missing = [blob for blob, entry in unique.items() if not (entry.source.is_local or self._is_here(blob))]
         if missing:
             self._wanted = missing
             await self._blobs.want(missing)
@@ -176,7 +177,7 @@ class Loading:
             self.files = [opened[index] for index in sorted(opened)]
         for outcome in outcomes:
             if outcome is not None:
-                raise outcome
+                raise self._seen(outcome)
         self._lap("plan", now)
         return snapshot
 
@@ -219,6 +220,8 @@ class Loading:
                 if file.coming is not None and file.coming.done in done:
                     self._raise(file, file.coming.done.exception())
         now = self._lap("transfer", now)
+        for reason in self._trust.reasons():
+            self._tally.note(reason)
         path = await asyncio.to_thread(self._store.materialise, self.snapshot)
         self._lap("link", now)
         if self.snapshot.single:
@@ -237,7 +240,13 @@ class Loading:
         if isinstance(error, LoadFailed):
             raise LoadFailed(f"{file.entry.source.public}: {error}") from None
         if error is not None:
-            raise type(error)(*error.args) if isinstance(error, WeightcacheError) else error
+            error = type(error)(*error.args) if isinstance(error, WeightcacheError) else error
+            raise self._seen(error)
+
+    def _seen(self, error: BaseException) -> BaseException:
+        if isinstance(error, SourceChanged):  # whatever is known of the source, and however fresh: ask again next time
+            self._resolver.doubt(self.source)
+        return error
 
 
 def _not_one_file(snapshot: Snapshot) -> str:

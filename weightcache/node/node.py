@@ -30,6 +30,7 @@ from weightcache.node.resolver import Resolver, is_shared
 from weightcache.node.serving import Serving
 from weightcache.node.swarm import Info, Peer, State, Swarm
 from weightcache.node.transfers import Incoming, Transfers
+from weightcache.node.trust import Trust
 from weightcache.node.upkeep import Upkeep
 from weightcache.origin.policy import Policy
 from weightcache.store import Store
@@ -55,7 +56,8 @@ class Node:
         policy = Policy(config.origin.allow)
         self.store = await asyncio.to_thread(Store.open, config.store, config.capacity)
         self.started = time.time()
-        self.swarm = Swarm(self.store.node_id, key, self)
+        self.trust = Trust(self._lied)
+        self.swarm = Swarm(self.store.node_id, key, self, self.trust)
         settings = {"key": key or b"", "node_id": self.store.node_id}
         origin = asdict(config.origin) | {"file_roots": [str(root) for root in config.origin.file_roots]}
         self._receiver = BulkProcess("recv", settings, self._heard_receiver, self._receiver_died)
@@ -63,10 +65,10 @@ class Node:
         self._calls = OriginCalls(self._reader, config.origin.attempts)
         self.transfers = Transfers(
             self.store, self._receiver, self._reader, config.origin.streams, config.origin.attempts, self._had,
-            self.swarm.peers,
+            self.swarm.peers, self.trust,
         )  # fmt: skip
-        self.blobs = Blobs(self.store, self.swarm, self._calls, self.transfers)
-        self.resolver = Resolver(self.store, self.swarm, self._calls, policy.admit, config.fresh)
+        self.blobs = Blobs(self.store, self.swarm, self._calls, self.transfers, self.trust)
+        self.resolver = Resolver(self.store, self.swarm, self._calls, self.trust, policy.admit, config.fresh)
         self.serving = Serving(self.store, dict(settings))
         self.upkeep = Upkeep(self.store, self.blobs, self.transfers, self.serving, self.swarm)
         try:
@@ -122,6 +124,10 @@ class Node:
         self._calls.died(reason)
         self.transfers.died("origin", reason)
 
+    def _lied(self, peer: bytes) -> None:
+        # Later: it may be the planner's own actions that led here.
+        asyncio.get_running_loop().call_soon(self.blobs.forget, peer)
+
     def _had(self, coming: Incoming, chunk: int, name: bytes) -> None:
         """A chunk is had: who serves, who listens."""
         self.serving.had(coming.blob, chunk, name)
@@ -140,12 +146,12 @@ class Node:
 
     def state(self, blob: bytes) -> State:
         info = self.store.info(blob)
-        if info is None or info.suspect or not self._serve:
+        if info is None or info.suspect or info.private or not self._serve:
             return None
         return True if info.state == "complete" else self.store.had(blob)
 
     def manifest(self, blob: bytes) -> bytes | None:
-        manifest = self.store.manifest(blob)
+        manifest = self.store.manifest(blob) if self.state(blob) is not None else None
         return encode_manifest(manifest) if manifest is not None else None
 
     def peer_joined(self, peer: Peer) -> None:
@@ -164,7 +170,8 @@ class Node:
 
     def load(self, source: str, on_had: Had | None = None, *, revalidate: bool = False) -> Loading:
         """A load of ``source``, to be entered with ``async with``. Raises SourceError for what is no source."""
-        return Loading(parse_source(source), self.store, self.blobs, self.resolver, on_had, revalidate=revalidate)
+        asked = parse_source(source)
+        return Loading(asked, self.store, self.blobs, self.resolver, self.trust, on_had, revalidate=revalidate)
 
     async def known(self, source: Source) -> Snapshot:
         """The snapshot of a source that this host has loaded before, or part of it. Raises UnknownBlob."""
@@ -190,7 +197,7 @@ class Node:
     async def manifests(self, source: str) -> list[tuple[FileEntry, Manifest]]:
         """The manifest of each file of a source, as far as this host, its peers, or the file's header tell."""
         snapshot = await self.resolver.resolve(parse_source(source), Tally())
-        blobs = list({entry.blob for entry in snapshot.files})
+        blobs = list({entry.blob for entry in snapshot.files if not entry.source.is_local})
         await self.blobs.want(blobs)
         try:
             return [(entry, await self.blobs.manifest(entry)) for entry in snapshot.files]
@@ -251,7 +258,7 @@ class Node:
         """Who is connected, and which members of the directory are not, with the reason."""
         rows: list[dict[str, Any]] = []
         for peer in self.swarm.peers.values():
-            rest = self.transfers.resting(peer.id)
+            rest = max(self.transfers.resting(peer.id), self.trust.rest(peer.id))
             rows.append(
                 {
                     "address": peer.name,
@@ -260,6 +267,7 @@ class Node:
                     "bulk": str(peer.bulk) if peer.bulk else None,
                     "state": "resting" if rest else "connected",
                     "resting_seconds": round(rest, 1),
+                    "why": self.trust.why(peer.id),
                     "bytes_per_second": round(self.transfers.rate(peer.id)),
                     "received": self.transfers.moved.peers.get(peer.name, 0),
                     "sent": self.serving.sent.get(peer.id.hex(), 0),

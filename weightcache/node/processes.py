@@ -116,7 +116,7 @@ class BulkProcess:
             code = await process.wait()
             why = why or f"exit {code}"
         log.error("bulk process died", extra=fields(role=self.role, why=why))
-        self._channel = None
+        self._channel = self._process = None
         self._deaths = 0 if loop.time() - began >= STEADY_SECONDS else self._deaths + 1
         self._on_death(f"this host's own {self.role} process died ({why})")
 

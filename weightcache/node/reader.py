@@ -72,6 +72,12 @@ class Reader:
         """Do what the node asks for until it is gone."""
         while (message := await self._channel.receive()) is not None:
             self._handle(message.fields, list(message.fds))
+        tasks = [*self._tasks.values(), *self._calls]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._origins is not None:
+            await self._origins.close()
 
     def _handle(self, message: list[Any], fds: list[int]) -> None:
         match message:
@@ -107,7 +113,7 @@ class Reader:
             try:
                 fd = memory_file(await work)
             except Exception as error:  # noqa: BLE001 - every failure is the caller's to see
-                self._post("error", call, *to_wire(error))
+                self._post("error", call, *to_wire(error), _wait(error))
                 return
             self._post("answer", call, fds=[fd])
 
@@ -197,13 +203,18 @@ class Reader:
             self._channel.post(*message, fds=fds)
 
 
+def _wait(error: BaseException) -> float:
+    """Seconds that the origin asked to be left alone for."""
+    return (error.retry_after or 0.0) if isinstance(error, OriginUnavailable) else 0.0
+
+
 def _routed(error: BaseException) -> tuple[str, str, float, str]:
     """A failure as (kind, detail, seconds to wait, class): what the planner routes by."""
     name, message = to_wire(error)
     if isinstance(error, ChunkMismatch):
         return Kind.MISMATCH, message, 0.0, "SourceChanged"
     if isinstance(error, OriginUnavailable):
-        return Kind.UNAVAILABLE, message, float(getattr(error, "retry_after", None) or 0.0), name
+        return Kind.UNAVAILABLE, message, _wait(error), name
     if isinstance(error, _DiskError):
         return Kind.FATAL, message, 0.0, "StoreError"
     if isinstance(error, WeightcacheError):

@@ -14,13 +14,13 @@ import logging
 import time
 from collections.abc import Callable
 
-from weightcache.core.snapshot import Snapshot, decode_snapshot
+from weightcache.core.snapshot import Snapshot, adopt, decode_snapshot
 from weightcache.core.source import Source
 from weightcache.errors import FormatError, OriginUnavailable
-from weightcache.log import fields
 from weightcache.node.calls import OriginCalls
 from weightcache.node.report import Tally
 from weightcache.node.swarm import Peer, Swarm
+from weightcache.node.trust import Trust
 from weightcache.store import Store
 
 PEERS_SECONDS = 1.0  # for which a host that has just started waits to meet its peers
@@ -41,15 +41,17 @@ class Resolver:
         store: Store,
         swarm: Swarm,
         origin: OriginCalls,
+        trust: Trust,
         admit: Callable[[Source], None],
         fresh: float,
     ) -> None:
         self._store = store
         self._swarm = swarm
         self._origin = origin
+        self._trust = trust
         self._admit = admit
         self._fresh = fresh
-        self._running: dict[Source, asyncio.Task[Snapshot]] = {}
+        self._running: dict[tuple[Source, bool], asyncio.Task[tuple[Snapshot, str]]] = {}
         self._doubted: set[Source] = set()
 
     async def resolve(self, source: Source, tally: Tally, *, revalidate: bool = False) -> Snapshot:
@@ -62,12 +64,15 @@ class Resolver:
         known = await asyncio.to_thread(self._store.find_snapshot, source)
         if known is not None and not revalidate and self._is_fresh(known):
             return known
-        task = self._running.get(source)
+        task = self._running.get((source, revalidate))
         if task is None:
-            task = asyncio.ensure_future(self._look_up(source, known, tally, revalidate))
-            self._running[source] = task
-            task.add_done_callback(lambda _: self._running.pop(source, None))
-        return await asyncio.shield(task)
+            task = asyncio.ensure_future(self._look_up(source, known, revalidate))
+            self._running[source, revalidate] = task
+            task.add_done_callback(lambda _: self._running.pop((source, revalidate), None))
+        snapshot, reason = await asyncio.shield(task)
+        if reason:
+            tally.note(reason)
+        return snapshot
 
     def doubt(self, source: Source) -> None:
         """The origin has contradicted what is known of a source: the next time it is asked, however fresh that is."""
@@ -77,7 +82,9 @@ class Resolver:
         age = time.time() - snapshot.resolved_at
         return snapshot.immutable or -self._fresh < age < self._fresh  # clocks of hosts differ a little
 
-    async def _look_up(self, source: Source, known: Snapshot | None, tally: Tally, revalidate: bool) -> Snapshot:
+    async def _look_up(self, source: Source, known: Snapshot | None, revalidate: bool) -> tuple[Snapshot, str]:
+        """The snapshot, and why it is an older one if it is."""
+        reason = ""
         seen: list[tuple[Snapshot, str]] = [(known, "this host")] if known is not None else []
         if is_shared(source):
             with contextlib.suppress(TimeoutError):
@@ -95,18 +102,19 @@ class Resolver:
                     raise
                 snapshot, who = seen[0]
                 when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(snapshot.resolved_at))
-                tally.note(f"origin: {error}; using the version that {who} saw at {when}")
+                reason = f"origin: {error}; using the version that {who} saw at {when}"
         await asyncio.to_thread(self._store.put_snapshot, snapshot)
-        return snapshot
+        return snapshot, reason
 
     async def _ask_peers(self, source: Source) -> list[tuple[Peer, Snapshot]]:
         found = []
         for peer, data in await self._swarm.find(str(source)):
             try:
-                snapshot = decode_snapshot(data)
+                found.append((peer, await asyncio.to_thread(_adopt, data, source)))  # it may be 100,000 files
             except FormatError as error:
-                log.warning("peer sent a bad snapshot", extra=fields(peer=peer.name, why=str(error)))
-                continue
-            if snapshot.source == source:
-                found.append((peer, snapshot))
+                self._trust.lied(peer.id, peer.name, f"its snapshot of {source.public} is none: {error}")
         return found
+
+
+def _adopt(data: bytes, source: Source) -> Snapshot:
+    return adopt(decode_snapshot(data), source, time.time())

@@ -100,7 +100,7 @@ class Serving:
                 if self._listening is not None and not self._listening.done():
                     self._listening.set_result(port)
             case ["failed", why]:
-                error = DaemonError(f"{why}; choose another --listen, or stop what uses it")
+                error = DaemonError(f"bulk data has the port after that of listen: {why}")
                 if self._listening is not None and not self._listening.done():
                     self._listening.set_exception(error)
                 else:

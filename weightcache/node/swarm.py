@@ -13,12 +13,12 @@ chunk costs one small message a batch and listener, and nobody hears of blobs th
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgpack
 
@@ -32,12 +32,14 @@ from weightcache.errors import ProtocolError, WeightcacheError
 from weightcache.log import fields
 from weightcache.net.control import ControlConnection, ControlServer, connect
 from weightcache.net.handshake import ItselfError
+from weightcache.node.trust import Trust
 
 log = logging.getLogger(__name__)
 
 ANNOUNCE_SECONDS = 0.02  # what a host gets within this time is announced together
 REDIAL_SECONDS = (0.2, 10.0)  # between attempts to reach a member: first, longest
-CALL_SECONDS = 5.0
+ASK_SECONDS = 2.0  # for a small answer
+MANIFEST_SECONDS = 5.0
 ASKED = 8  # peers that are asked about a source
 MAX_WANTED = 4096  # blobs in one message
 
@@ -102,10 +104,11 @@ class Info:
 class Swarm:
     """This host among its peers. ``listen`` None: it dials others but serves nobody."""
 
-    def __init__(self, node_id: bytes, key: bytes | None, shelf: Shelf) -> None:
+    def __init__(self, node_id: bytes, key: bytes | None, shelf: Shelf, trust: Trust) -> None:
         self._id = node_id
         self._key = key
         self._shelf = shelf
+        self._trust = trust
         self._info = Info("", "", "", "")
         self._server: ControlServer | None = None
         self.peers: dict[bytes, Peer] = {}
@@ -139,8 +142,7 @@ class Swarm:
             task.cancel()
         if self._flush is not None:
             self._flush.cancel()
-        for peer in list(self.peers.values()):
-            await peer.connection.close()
+        await asyncio.gather(*(peer.connection.close() for peer in self.peers.values()))
         if self._server is not None:
             await self._server.close()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -196,8 +198,10 @@ class Swarm:
 
     async def _dial(self, address: Address) -> Peer:
         """Connect to a member. It may be connected already, under another address or by a connection of its own."""
-        connection = await connect(address.host, address.port, self._key, self._id, self._introduce, self._handle)
-        self._connected(connection, str(address))
+        connection = await connect(
+            address.host, address.port, self._key, self._id, self._introduce, self._handle,
+            functools.partial(self._connected, dialled=str(address)),
+        )  # fmt: skip
         peer = self.peers.get(connection.peer_id)
         if peer is None:
             raise ProtocolError("it introduced itself in a way that this host does not understand")
@@ -214,7 +218,7 @@ class Swarm:
             self._spawn(connection.close())
             return
         other = self.peers.get(connection.peer_id)
-        if other is not None and (connection.dialled == (self._id < connection.peer_id)) is False:
+        if other is not None and connection.dialled != (self._id < connection.peer_id):
             self._spawn(connection.close())
             return
         name = dialled or info.control or f"{connection.peer_id.hex()[:8]}"
@@ -287,10 +291,10 @@ class Swarm:
 
     async def find(self, source: str) -> list[tuple[Peer, bytes]]:
         """What a few peers know of a source: encoded snapshots, unchecked."""
-        peers = list(self.peers.values())
+        peers = self._askable()
         asked = random.sample(peers, min(ASKED, len(peers)))
-        answers = await asyncio.gather(*(self._ask(peer, "find", source) for peer in asked))
-        return [(peer, answer) for peer, answer in zip(asked, answers, strict=True) if isinstance(answer, bytes)]
+        answers = await asyncio.gather(*(self._ask(peer, "find", source, _is_bytes) for peer in asked))
+        return [(peer, answer) for peer, answer in zip(asked, answers, strict=True) if answer is not None]
 
     async def want(self, blobs: Sequence[bytes], peers: Iterable[Peer] | None = None) -> None:
         """Ask peers for news of blobs; what they have goes to the shelf as they answer."""
@@ -298,26 +302,37 @@ class Swarm:
         async def ask(peer: Peer) -> None:
             for first in range(0, len(blobs), MAX_WANTED):
                 part = list(blobs[first : first + MAX_WANTED])
-                states = await self._ask(peer, "want", part)
-                if isinstance(states, list) and len(states) == len(part):
-                    for blob, state in zip(part, states, strict=True):
-                        if isinstance(state, (bytes, bool)) and state is not False:
-                            self._shelf.peer_state(peer, blob, state)
+                states = await self._ask(peer, "want", part, functools.partial(_are_states, len(part)))
+                for blob, state in zip(part, states or (), strict=False):
+                    if state is not None:
+                        self._shelf.peer_state(peer, blob, state)
 
-        await asyncio.gather(*(ask(peer) for peer in (self.peers.values() if peers is None else peers)))
+        await asyncio.gather(*(ask(peer) for peer in (self._askable() if peers is None else peers)))
 
     def unwant(self, blobs: Sequence[bytes]) -> None:
         for peer in self.peers.values():
             peer.connection.notify("unwant", list(blobs))
 
     async def manifest(self, peer: Peer, blob: bytes) -> bytes | None:
-        answer = await self._ask(peer, "manifest", blob)
-        return answer if isinstance(answer, bytes) else None
+        return cast("bytes | None", await self._ask(peer, "manifest", blob, _is_bytes, MANIFEST_SECONDS))
 
-    async def _ask(self, peer: Peer, kind: str, body: Body) -> Body:
-        """One call; a peer that fails it has no answer."""
-        with contextlib.suppress(WeightcacheError, OSError, TimeoutError):
-            return await peer.connection.call(kind, body, CALL_SECONDS)
+    def _askable(self) -> list[Peer]:
+        return [peer for peer in self.peers.values() if not self._trust.rest(peer.id)]
+
+    async def _ask(
+        self, peer: Peer, kind: str, body: Body, fits: Callable[[Body], bool], seconds: float = ASK_SECONDS
+    ) -> Body:
+        """One call; None from a peer that knows nothing, fails, or does not answer in time."""
+        try:
+            answer = await asyncio.wait_for(peer.connection.call(kind, body), seconds)
+        except TimeoutError:
+            self._trust.silent(peer.id, peer.name, f"it did not answer {kind!r} within {seconds:g} s")
+        except (WeightcacheError, OSError):
+            pass  # the connection is lost, or it cannot say
+        else:
+            if answer is None or fits(answer):
+                return answer
+            self._trust.lied(peer.id, peer.name, f"its answer to {kind!r} is malformed")
         return None
 
     def announce(self, blob: bytes, chunk: int) -> None:
@@ -342,6 +357,15 @@ class Swarm:
         for peer_id in self._wanted.get(blob, ()):
             if (peer := self.peers.get(peer_id)) is not None:
                 peer.connection.notify(kind, body)
+
+
+def _is_bytes(answer: Body) -> bool:
+    return isinstance(answer, bytes)
+
+
+def _are_states(count: int, answer: Body) -> bool:
+    whole = isinstance(answer, list) and len(answer) == count
+    return whole and all(state is None or state is True or isinstance(state, bytes) for state in answer)
 
 
 def _blob(item: Body) -> bytes:

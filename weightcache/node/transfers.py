@@ -18,6 +18,7 @@ from typing import Any
 
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.events import (
+    LIES,
     Blame,
     Cancel,
     Done,
@@ -32,6 +33,7 @@ from weightcache.core.events import (
     PeerGot,
     PeerHas,
     PeerLeft,
+    PeerPardoned,
     Reach,
     Tick,
     Via,
@@ -39,13 +41,15 @@ from weightcache.core.events import (
 )
 from weightcache.core.ids import short
 from weightcache.core.manifest import Manifest
-from weightcache.core.planner import LIAR_REST, Planner
+from weightcache.core.planner import Planner
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
+from weightcache.core.source import Source
 from weightcache.errors import BlobCorrupt, FormatError, WeightcacheError, from_wire, to_wire
 from weightcache.log import fields
 from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
 from weightcache.node.swarm import Peer
+from weightcache.node.trust import Trust
 from weightcache.store import Store
 
 log = logging.getLogger(__name__)
@@ -72,6 +76,7 @@ class Incoming:
     local: dict[int, tuple[bytes, int]] = field(default_factory=dict)  # chunk -> (blob, its chunk) on this disk
     opened: set[str] = field(default_factory=set)  # processes that were handed the writer
     claims: set[bytes] = field(default_factory=set)  # peers that were believed: their manifest, or a chunk's id
+    accused: set[bytes] = field(default_factory=set)  # peers that sent other bytes than those claims say
 
     @property
     def blob(self) -> bytes:
@@ -90,18 +95,19 @@ class Transfers:
         attempts: int,
         had: Callable[[Incoming, int, bytes], None],
         peers: dict[bytes, Peer],
+        trust: Trust,
     ) -> None:
         self._store = store
         self._processes = {"recv": receiver, "origin": reader}
         self._attempts = attempts
         self._had = had
         self._peers = peers
+        self._trust = trust
         self._planner = Planner(secrets.randbits(64), streams)
         self._incoming: dict[bytes, Incoming] = {}
         self._handles: dict[int, Incoming] = {}
         self._requests: dict[int, tuple[Incoming, Fetch, set[int]]] = {}  # the set: chunks still to come
         self._introduced: set[bytes] = set()  # peers the receiver knows
-        self._liars: dict[bytes, float] = {}  # peer -> until when its word counts for nothing
         self._next_handle = 0
         self._wake: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -118,14 +124,13 @@ class Transfers:
         """Seconds for which a peer is left alone because it failed."""
         return self._planner.rest(peer, self._loop.time())
 
-    def distrust(self, peers: Iterable[bytes]) -> None:
-        """Peers told of a blob what its origin contradicts: their word counts for nothing for a while."""
-        for peer in peers:
-            self._liars[peer] = self._loop.time() + LIAR_REST
-
-    def lied(self, peer: bytes) -> bool:
-        """Whether a peer told of a blob what its origin contradicted, not long ago."""
-        return self._liars.get(peer, 0.0) > self._loop.time()
+    def contradicted(self, source: Source, tellers: Iterable[bytes], accused: Iterable[bytes]) -> None:
+        """``tellers`` told of a blob what its origin contradicts; ``accused`` had other bytes than they said."""
+        for peer in set(accused).difference(tellers):
+            self._trust.pardon(peer)
+            self._feed(PeerPardoned(peer))
+        for peer in tellers:
+            self._trust.lied(peer, self._name(peer), f"what it told of {source.public} is not what its origin has")
 
     def rate(self, peer: bytes) -> float:
         """Bytes per second that a peer delivered lately."""
@@ -177,6 +182,12 @@ class Transfers:
 
     def peer_got(self, peer: bytes, blob: bytes, chunks: Sequence[int]) -> None:
         self._feed(PeerGot(peer, blob, chunks))
+
+    def note(self, peer: bytes, reason: str) -> None:
+        """Put a reason into the reports of the loads that wait for a peer."""
+        for coming, fetch, _ in self._requests.values():
+            if fetch.via == peer:
+                coming.tally.note(reason)
 
     def peer_left(self, peer: bytes) -> None:
         self._feed(PeerLeft(peer))
@@ -258,11 +269,13 @@ class Transfers:
     def _blame(self, blame: Blame) -> None:
         self.failures += 1
         coming = self._incoming.get(blame.blob)
+        why = f"{blame.kind}: {blame.detail}" if blame.detail else str(blame.kind)
         if isinstance(blame.via, bytes):
             who = f"peer {self._name(blame.via)}"
+            if blame.kind in LIES:
+                self._trust.lied(blame.via, self._name(blame.via), why)
         else:
             who = "a copy on this disk" if blame.via is Via.LOCAL else "origin"
-        why = f"{blame.kind}: {blame.detail}" if blame.detail else str(blame.kind)
         rest = f"; left alone for {blame.rest:.1f} s" if blame.rest else ""
         if coming is not None:
             coming.tally.note(f"{who}: {why}{rest}")
@@ -329,6 +342,8 @@ class Transfers:
         if request not in self._requests:
             return
         coming, fetch, _ = self._requests.pop(request)
+        if isinstance(fetch.via, bytes):
+            self._peer_failed(coming, fetch.via, kind)
         if kind == Kind.MISMATCH and fetch.via is Via.ORIGIN:
             self._contradicted(coming, detail)
         elif kind == "disk":
@@ -336,11 +351,17 @@ class Transfers:
         else:
             self._feed(Failed(request, Kind(kind), detail, wait, error))
 
+    def _peer_failed(self, coming: Incoming, peer: bytes, kind: str) -> None:
+        if kind == Kind.MISMATCH:
+            coming.accused.add(peer)
+        elif kind in (Kind.MISSING, Kind.UNKNOWN):
+            coming.tally.note(f"peer {self._name(peer)}: {kind}: it has not got what it said it had")
+
     def _contradicted(self, coming: Incoming, detail: str) -> None:
         """The origin's own bytes are not what peers said they are: nothing learned from peers is kept."""
         tellers = ", ".join(sorted(map(self._name, coming.claims))) or "peers"
         log.error("manifest contradicts the origin", extra=fields(blob=short(coming.blob), tellers=tellers, why=detail))
-        self.distrust(coming.claims)
+        self.contradicted(coming.entry.source, coming.claims, coming.accused)
         self._feed(LoadRemoved(coming.blob))
         name = coming.entry.source.public
         error = BlobCorrupt(f"{name}: what {tellers} told of it is not what its origin has; load it again")

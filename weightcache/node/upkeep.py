@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightcache.core.ids import short
-from weightcache.core.layout import head_length, plan_from_head
-from weightcache.core.manifest import Manifest
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import parse_source
 from weightcache.errors import BlobCorrupt, UnknownBlob, WeightcacheError
 from weightcache.log import fields
 from weightcache.node.blobs import Blobs
+from weightcache.node.compare import contradiction
 from weightcache.node.serving import Serving
 from weightcache.node.swarm import Swarm
 from weightcache.node.transfers import Incoming, Transfers
@@ -29,11 +28,12 @@ LET_GO_SECONDS = 5.0  # for this host's sender to close a blob that is to go
 
 @dataclass(frozen=True, slots=True)
 class Settling:
-    """A complete blob that is still to be compared and made durable. ``claims``: peers whose manifest was believed."""
+    """A complete blob that is still to be compared and made durable. For ``claims`` and ``accused`` see Incoming."""
 
     blob: bytes
     entry: FileEntry | None
-    claims: frozenset[bytes]
+    claims: frozenset[bytes] = frozenset()
+    accused: frozenset[bytes] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,15 @@ class Upkeep:
 
     def completed(self, coming: Incoming) -> None:
         """All of a blob is had: see to it that it is what the origin states, and that the disk has it."""
-        self._enqueue(Settling(coming.blob, coming.entry, frozenset(coming.claims)))
+        claims, accused = frozenset(coming.claims), frozenset(coming.accused)
+        self._enqueue(Settling(coming.blob, coming.entry, claims, accused))
 
     def resume(self) -> None:
         """Take up what an earlier process of this store left undone."""
         waiting = [info.blob for info in self._store.blobs() if info.state == "complete" and not info.durable]
         entries = self.entries() if waiting else {}
         for blob in waiting:
-            self._enqueue(Settling(blob, entries.get(blob), frozenset()))
+            self._enqueue(Settling(blob, entries.get(blob)))
 
     def _enqueue(self, settling: Settling) -> None:
         self._queue.put_nowait(settling)
@@ -99,36 +100,16 @@ class Upkeep:
     def _settle(self, settling: Settling) -> None:
         blob, entry = settling.blob, settling.entry
         info = self._store.info(blob)
-        manifest = self._store.manifest(blob)
-        if info is None or manifest is None:
+        if info is None:
             return
         if not info.checked and entry is not None:
-            why = self._compare(entry, manifest)
+            why = contradiction(self._store, entry)
             if why:
                 self._store.discard(blob)
-                self._loop.call_soon_threadsafe(self._transfers.distrust, settling.claims)
+                blame = self._transfers.contradicted
+                self._loop.call_soon_threadsafe(blame, entry.source, settling.claims, settling.accused)
                 raise BlobCorrupt(f"{entry.source.public}: {why}; it is removed, load it again")
         self._store.settle(blob)
-
-    def _compare(self, entry: FileEntry, manifest: Manifest) -> str:
-        """How a blob differs from what its origin states of it, or from its own header's plan; "": not at all."""
-        if not self._plan_fits(manifest):
-            return "the chunks that peers told of do not follow from its header"
-        if not entry.digest:
-            return ""
-        same = self._store.verify_digest(manifest.blob, entry.digest)
-        if same:
-            self._store.set_checked(manifest.blob)
-        return "" if same is not False else f"its bytes are not those that the origin states ({entry.digest[:18]}…)"
-
-    def _plan_fits(self, manifest: Manifest) -> bool:
-        with open(self._store.path(manifest.blob), "rb") as file:
-            length = head_length(file.read(9), manifest.size)
-            head = None
-            if length is not None:
-                file.seek(0)
-                head = file.read(length)
-        return list(plan_from_head(manifest.size, head)) == list(manifest.plan)
 
     # -- verify
 

@@ -92,9 +92,7 @@ class Catalog:
                 self.trust(entry)
         return entry
 
-    def add(
-        self, tables: Tables, name: str, inode: int, *, content: bytes = b"", private: bool = False
-    ) -> Entry:
+    def add(self, tables: Tables, name: str, inode: int, *, content: bytes = b"", private: bool = False) -> Entry:
         """Make a new blob known, with the chunks that ``tables`` has."""
         manifest = tables.manifest
         serial = self._index.new_serial()
