@@ -1,0 +1,1 @@
+"""weightcache.tools: what a person runs."""

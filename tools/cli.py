@@ -1,0 +1,393 @@
+"""The command line: ``weightcache COMMAND``. Each command asks the daemon or, without one, works on the store itself.
+
+What a command needs beyond the standard library and typer is imported when it runs: ``--help`` is to be quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from weightcache.client import Client
+from weightcache.config import Config
+from weightcache.core.source import is_source
+from weightcache.errors import BlobCorrupt, ConfigError, StoreError, WeightcacheError
+from weightcache.tools import exits, show
+from weightcache.tools.options import command, parse_size
+from weightcache.version import __version__
+
+if TYPE_CHECKING:
+    from weightcache.node.node import Node
+
+Json = dict[str, Any]
+
+AT_ONCE = 4  # sources that one pull loads together
+
+_EPILOG = f"""\
+\b
+Exit codes:
+{exits.summary()}
+
+An error is one line on stderr or, with --json, an object {{"error": CLASS, "message": LINE}} on stdout.
+Every setting is also a variable, WEIGHTCACHE_STORE for --store, and a key of the configuration file: see README.md.
+"""
+
+app = typer.Typer(
+    help="Model weights from the fleet's caches first, and from object storage once.",
+    epilog=_EPILOG,
+    rich_markup_mode=None,  # importing rich takes longer than everything else here
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SOURCE...", help="s3://, gs://, az://, hf://, https://, file://")
+]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="a source that has been pulled")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="sources, or ids of blobs as ls shows them")]
+SomeNames = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="sources, or ids of blobs; none: all")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"weightcache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _weightcache(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@command(app, "daemon", daemon=True)
+def daemon(config: Config, as_json: bool) -> None:
+    """Run this host's daemon, until SIGTERM or Ctrl-C.
+
+    It prints one line on stdout when it answers; its log goes to stderr, as JSON unless that is a terminal.
+
+    \b
+    weightcache daemon --store /var/cache/weightcache --capacity 1TB
+    weightcache daemon --listen 10.0.0.5:7700 --peer 10.0.0.6:7700 --cluster-key-file /etc/weightcache/key
+    """
+    from weightcache.daemon import main as run
+
+    def ready(node: Node) -> None:
+        facts = {"socket": str(config.socket_path), "listen": str(node.address), "pid": os.getpid()}
+        line = show.as_line({"event": "ready"} | facts) if as_json else f"ready: {show.plain(_pairs(facts))}"
+        print(line, flush=True)
+
+    run(config, ready)
+
+
+def _pairs(facts: Json) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+@command(app, "pull")
+def pull(
+    config: Config,
+    as_json: bool,
+    sources: Sources,
+    revalidate: Annotated[bool, typer.Option("--revalidate", help="ask the origin for the current version")] = False,
+) -> None:
+    """Bring sources here, whole.
+
+    What was interrupted goes on where it stopped. All sources are tried; the exit code is the first failure's.
+
+    --json prints one object a line, as each source ends: source, revision, path, bytes_total, bytes_by_source (local;
+    peer, by address; origin), seconds, stages, fallbacks. Of a source that failed: source, error, message.
+
+    \b
+    weightcache pull hf://org/name@main
+    weightcache pull s3://models/sdxl/ s3://loras/anime.safetensors
+    """
+    code = asyncio.run(_pull(config, sources, revalidate, as_json))
+    if code:
+        raise typer.Exit(code)
+
+
+async def _pull(config: Config, sources: list[str], revalidate: bool, as_json: bool) -> int:
+    from weightcache.tools.progress import pulling
+
+    gate = asyncio.Semaphore(AT_ONCE)
+    with pulling() as bar:
+        async with Client(config) as client:
+
+            async def one(source: str) -> Json | WeightcacheError:
+                async with gate:
+                    try:
+                        report = await client.pull(source, bar(source), revalidate=revalidate)
+                    except WeightcacheError as error:
+                        return error
+                if as_json:
+                    print(show.as_line(report), flush=True)
+                return report
+
+            outcomes = await asyncio.gather(*(one(source) for source in sources))
+    codes = []
+    for source, outcome in zip(sources, outcomes, strict=True):
+        if isinstance(outcome, WeightcacheError):
+            codes.append(exits.tell(outcome, as_json=as_json, source=source))
+        elif not as_json:
+            print(show.pulled(outcome))
+    return codes[0] if codes else 0
+
+
+@command(app, "path")
+def path(config: Config, as_json: bool, source: Source) -> None:
+    """Print where a source lies on this disk.
+
+    The path of its file or of its snapshot's directory, real and complete.
+
+    \b
+    weightcache pull hf://org/name && python serve.py "$(weightcache path hf://org/name)"
+    """
+
+    async def ask() -> Path:
+        async with Client(config) as client:
+            return await client.path(source)
+
+    found = str(asyncio.run(ask()))
+    print(show.as_line({"path": found}) if as_json else found)
+
+
+@command(app, "ls")
+def ls(config: Config, as_json: bool) -> None:
+    """List the snapshots and blobs of the store.
+
+    \b
+    weightcache ls
+    weightcache ls --json | jq '.blobs[] | select(.pinned) | .name'
+    """
+
+    async def ask() -> Json:
+        async with Client(config) as client:
+            return await client.ls()
+
+    found = asyncio.run(ask())
+    print(show.as_line(found) if as_json else show.listing(found))
+
+
+@command(app, "status")
+def status(config: Config, as_json: bool) -> None:
+    """Show what the daemon has, moves and serves.
+
+    Exits 10 if none runs.
+
+    \b
+    weightcache status --json | jq .bytes.free
+    """
+
+    async def ask() -> Json:
+        async with Client(config, embed=False) as client:
+            return await client.status()
+
+    found = asyncio.run(ask())
+    print(show.as_line(found) if as_json else show.status(found))
+
+
+@command(app, "peers")
+def peers(config: Config, as_json: bool) -> None:
+    """Show the daemon's peers.
+
+    Who is connected, how fast they are, what came from them and went to them, and why some are not. Exits 10 if no
+    daemon runs.
+
+    \b
+    weightcache peers
+    """
+
+    async def ask() -> list[Json]:
+        async with Client(config, embed=False) as client:
+            return await client.peers()
+
+    found = asyncio.run(ask())
+    print(show.as_line(found) if as_json else show.peers(found))
+
+
+@command(app, "pin")
+def pin(config: Config, as_json: bool, names: Names) -> None:
+    """Keep blobs, whatever else needs room.
+
+    They stay until unpin, and must have been pulled.
+
+    \b
+    weightcache pin hf://org/name
+    """
+    _set_pin(config, as_json, names, on=True)
+
+
+@command(app, "unpin")
+def unpin(config: Config, as_json: bool, names: Names) -> None:
+    """Let pinned blobs go again when room is needed.
+
+    \b
+    weightcache unpin hf://org/name 0a1b2c3d4e5f
+    """
+    _set_pin(config, as_json, names, on=False)
+
+
+def _set_pin(config: Config, as_json: bool, names: list[str], *, on: bool) -> None:
+    async def ask() -> list[Json]:
+        async with Client(config) as client:
+            return await (client.pin if on else client.unpin)(names)
+
+    rows = asyncio.run(ask())
+    if as_json:
+        print(show.as_line(rows))
+        return
+    shown = [(row["blob"][:12], show.human(row["size"]), "yes" if row["pinned"] else "no", row["path"]) for row in rows]
+    print(show.columns(("BLOB", "SIZE", "PINNED", "FILE"), shown, "SIZE"))
+
+
+@command(app, "evict")
+def evict(
+    config: Config,
+    as_json: bool,
+    names: SomeNames = None,
+    need: Annotated[
+        int | None, typer.Option("--need", parser=parse_size, metavar="SIZE", help="free so much, the oldest first")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="remove all that nobody holds")] = False,
+) -> None:
+    """Remove blobs, and say what stays.
+
+    A blob stays that is pinned, leased, loading, or mapped by some process. Exits 8 if a blob that was named stays, or
+    less than --need was freed.
+
+    \b
+    weightcache evict s3://models/old/
+    weightcache evict --need 50GB
+    weightcache evict --all
+    """
+    if bool(names) + (need is not None) + everything != 1:
+        raise ConfigError("evict: give names, or --need SIZE, or --all")
+
+    async def ask() -> Json:
+        async with Client(config) as client:
+            if not everything:
+                return await client.evict(names, need or 0)
+            blobs = [blob["blob"] for blob in (await client.ls())["blobs"]]
+            return await client.evict(blobs) if blobs else {"freed": 0, "kept": []}
+
+    outcome = asyncio.run(ask())
+    print(show.as_line(outcome) if as_json else show.evicted(outcome))
+    if (names and outcome["kept"]) or outcome["freed"] < (need or 0):
+        raise typer.Exit(StoreError.exit_code)
+
+
+@command(app, "verify")
+def verify(
+    config: Config,
+    as_json: bool,
+    names: SomeNames = None,
+    deep: Annotated[bool, typer.Option("--deep", help="by BLAKE3 instead of xxh3: against forgery, too")] = False,
+    no_repair: Annotated[bool, typer.Option("--no-repair", help="do not bring bad chunks again")] = False,
+) -> None:
+    """Read blobs again, and mend them.
+
+    Chunks that are not as they were written are brought again, from peers or the origin. Exits 8 if any stays bad.
+
+    \b
+    weightcache verify
+    weightcache verify --deep hf://org/name
+    """
+    from weightcache.tools.progress import verifying
+
+    async def ask() -> list[Json]:
+        with verifying() as hear:
+            async with Client(config) as client:
+                return await client.verify(names or None, hear, deep=deep, repair=not no_repair)
+
+    rows = asyncio.run(ask())
+    print(show.as_line(rows) if as_json else show.verified(rows))
+    if any(row["bad"] and (row["error"] or row["repaired"] is None) for row in rows):
+        raise typer.Exit(BlobCorrupt.exit_code)
+
+
+@command(app, "manifest")
+def manifest(
+    config: Config,
+    as_json: bool,
+    what: Annotated[str, typer.Argument(metavar="SOURCE-OR-FILE", help="a source, or a path on this disk")],
+    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="another one, to compare with")] = None,
+) -> None:
+    """Show a file's chunks, or what it shares.
+
+    Offset, length and id of each chunk; with OTHER, how much of the first is in the second, by chunk id. A local file
+    is read and hashed here; of a source the daemon is asked, which may not know the ids of what nobody has read yet.
+
+    \b
+    weightcache manifest model.safetensors
+    weightcache manifest s3://models/fine-tune.safetensors s3://models/base.safetensors
+    """
+    from weightcache.tools import chunks
+
+    async def ask(source: str) -> list[Json]:
+        async with Client(config) as client:
+            return await client.manifest(source)
+
+    def described(name: str) -> list[Json]:
+        return asyncio.run(ask(name)) if is_source(name) else [chunks.describe(Path(name))]
+
+    ours = described(what)
+    if other is None:
+        print(show.as_line({"files": ours}) if as_json else show.manifests(ours))
+        return
+    common = chunks.shared(ours, described(other))
+    print(show.as_line(common) if as_json else show.shared(what, other, common))
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise SystemExit(exits.TERMINATED)
+
+
+def _usage(error: Exception) -> str:
+    """What typer has against the arguments, and where to read on."""
+    context = getattr(error, "ctx", None)
+    where = getattr(context, "command_path", "weightcache")
+    return f"{error.format_message().rstrip('.')}; see: {where} --help"  # type: ignore[attr-defined]
+
+
+def _unread() -> int:
+    """Who read our output has seen enough. What is still buffered must not fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return exits.BROKEN_PIPE
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; the code to exit with. Whatever goes wrong is one line, never a traceback."""
+    as_json = "--json" in arguments
+    try:
+        code = app(arguments or ["--help"], prog_name="weightcache", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return exits.INTERRUPTED
+    except BrokenPipeError:
+        return _unread()
+    except SystemExit as left:
+        if left.code == 1:  # typer's own way with a broken pipe
+            return _unread()
+        raise
+    except Exception as error:  # noqa: BLE001 - a traceback is no answer
+        if hasattr(error, "format_message"):  # the arguments are wrong; typer's name for that differs by version
+            exits.say("UsageError", _usage(error), as_json=as_json)
+            return exits.USAGE
+        return exits.tell(error, as_json=as_json)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""What moves in a terminal while one waits: on stderr, and only if that is a terminal. rich is imported only then."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from weightcache.tools.show import human, plain
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Json = dict[str, Any]
+Listener = Callable[[Json], None]
+
+
+@contextlib.contextmanager
+def pulling() -> Iterator[Callable[[str], Listener]]:
+    """A bar a source: ``pulling()(source)`` gives what is to hear of the load's events."""
+    if not sys.stderr.isatty():
+        yield lambda source: _deaf
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(None),
+        TextColumn("{task.fields[files]}", markup=False),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[sources]}", markup=False),
+    )
+    with _live(*columns) as progress:
+        yield lambda source: _Bar(progress, source)
+
+
+@contextlib.contextmanager
+def verifying() -> Iterator[Listener]:
+    """One bar over the blobs that are read again."""
+    if not sys.stderr.isatty():
+        yield _deaf
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+
+    with _live(TextColumn("reading"), BarColumn(None), MofNCompleteColumn(), TextColumn("blobs")) as progress:
+        task = progress.add_task("", total=None)
+
+        def hear(event: Json) -> None:
+            if event["event"] == "verifying":
+                progress.update(task, total=event["blobs"])
+            elif event["event"] == "blob":
+                progress.advance(task)
+
+        yield hear
+
+
+def _deaf(event: Json) -> None:
+    """Nobody looks."""
+
+
+@contextlib.contextmanager
+def _live(*columns: Any) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    real = sys.stderr
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        # Bars are drawn below what is logged meanwhile, which goes where rich has put stderr.
+        handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
+        for handler in handlers:
+            handler.setStream(sys.stderr)
+        try:
+            yield progress
+        finally:
+            for handler in handlers:
+                handler.setStream(real)
+
+
+class _Bar:
+    """One source's bar."""
+
+    def __init__(self, progress: Progress, source: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(plain(source), total=None, files="", sources="asking")
+        self._sizes: list[int] = []
+        self._had: list[int] = []
+
+    def __call__(self, event: Json) -> None:
+        match event["event"]:
+            case "snapshot":
+                self._sizes = [file["size"] for file in event["files"]]
+                self._had = [sum(end - begin for begin, end in file["had"]) for file in event["files"]]
+                here = sum(self._had)
+                self._progress.update(self._task, total=sum(self._sizes), sources=f"{human(here)} here" if here else "")
+            case "had":
+                self._had[event["file"]] += sum(end - begin for begin, end in event["ranges"])
+            case "progress":
+                self._progress.update(self._task, sources=_sources(event["bytes_by_source"]))
+        whole = sum(had >= size for had, size in zip(self._had, self._sizes, strict=True))
+        self._progress.update(self._task, completed=sum(self._had), files=f"{whole}/{len(self._sizes)} files")
+
+
+def _sources(by: Json) -> str:
+    peers = by["peer"]
+    parts = [(f"{len(peers)} peer{'s' * (len(peers) > 1)}", sum(peers.values())), ("origin", by["origin"])]
+    return ", ".join(f"{name} {human(size)}" for name, size in [("disk", by["local"]), *parts] if size)
