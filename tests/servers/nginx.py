@@ -61,6 +61,10 @@ class NginxServer:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def _alive(self) -> bool:
         assert self._process.poll() is None, "nginx ended: see its error.log"
         return True
