@@ -13,7 +13,9 @@ from weightcache.core.manifest import MAX_MANIFEST_BYTES, decode_plan
 from weightcache.core.snapshot import MAX_SNAPSHOT_BYTES, FileEntry, Snapshot, decode_snapshot
 from weightcache.core.source import Source
 from weightcache.errors import OriginUnavailable, from_wire
-from weightcache.node.processes import BulkProcess, read_memory_file
+from weightcache.net.channel import close_all
+from weightcache.net.memory_file import read_memory_file
+from weightcache.node.processes import BulkProcess
 from weightcache.node.transfers import one_file
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
@@ -69,6 +71,7 @@ class OriginCalls:
         match message:
             case ["answer", number]:
                 data = read_memory_file(fds[0], max(MAX_SNAPSHOT_BYTES, MAX_MANIFEST_BYTES))
+                close_all(fds)
                 if (future := self._waiting.get(number)) is not None and not future.done():
                     future.set_result(data)
             case ["error", number, name, text, wait]:

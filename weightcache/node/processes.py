@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from weightcache.errors import WeightcacheError
 from weightcache.log import fields
 from weightcache.net.channel import close_all, pair
 from weightcache.net.node_channel import ChannelClosed, NodeChannel
@@ -25,24 +23,6 @@ log = logging.getLogger(__name__)
 STOP_SECONDS = 1.0
 STEADY_SECONDS = 10.0  # a process that lived as long is started again at once
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # before one that keeps dying is
-
-
-def memory_file(data: bytes) -> int:
-    """A descriptor of an anonymous file that holds ``data``: for tables larger than a message."""
-    fd = os.memfd_create("weightcache", os.MFD_CLOEXEC)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(data)
-    return fd
-
-
-def read_memory_file(fd: int, limit: int) -> bytes:
-    """What ``memory_file`` was given; closes ``fd``. Raises WeightcacheError past ``limit`` bytes."""
-    with open(fd, "rb") as file:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise WeightcacheError(f"a table of {size} bytes between processes: at most {limit} are accepted")
-        file.seek(0)  # the writer's offset came along
-        return file.read()
 
 
 class BulkProcess:

@@ -38,8 +38,8 @@ from weightcache.core.snapshot import FileEntry, decode_snapshot, encode_snapsho
 from weightcache.core.source import parse_source
 from weightcache.errors import OriginUnavailable, WeightcacheError, to_wire
 from weightcache.net.channel import close_all
+from weightcache.net.memory_file import memory_file
 from weightcache.net.node_channel import ChannelClosed, NodeChannel
-from weightcache.node.processes import memory_file
 from weightcache.origin import Origins
 
 LANDING_THREADS = 2  # hashing and writing release the interpreter's lock

@@ -109,7 +109,8 @@ class Serving:
     def _offer(self, blob: bytes) -> None:
         """Give the process a blob that a peer asks for, if there is any of it."""
         info = self._store.info(blob)
-        manifest = self._store.manifest(blob) if info is not None and not info.suspect else None
+        offered = info is not None and not info.suspect and not info.private
+        manifest = self._store.manifest(blob) if offered else None
         if manifest is None:
             self.process.send("none", blob)
             return
