@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 Json = dict[str, Any]
+MAX_NAME = 28  # characters of a source beside its bar
+
 Listener = Callable[[Json], None]
 
 
@@ -27,7 +29,7 @@ def pulling() -> Iterator[Callable[[str], Listener]]:
 
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(None),
+        BarColumn(16),
         TextColumn("{task.fields[files]}", markup=False),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -85,7 +87,7 @@ class _Bar:
 
     def __init__(self, progress: Progress, source: str) -> None:
         self._progress = progress
-        self._task = progress.add_task(plain(source), total=None, files="", sources="asking")
+        self._task = progress.add_task(_tail(plain(source)), total=None, files="", sources="asking")
         self._sizes: list[int] = []
         self._had: list[int] = []
 
@@ -101,7 +103,13 @@ class _Bar:
             case "progress":
                 self._progress.update(self._task, sources=_sources(event["bytes_by_source"]))
         whole = sum(had >= size for had, size in zip(self._had, self._sizes, strict=True))
-        self._progress.update(self._task, completed=sum(self._had), files=f"{whole}/{len(self._sizes)} files")
+        files = f"{whole}/{len(self._sizes)} files" if len(self._sizes) > 1 else ""
+        self._progress.update(self._task, completed=sum(self._had), files=files)
+
+
+def _tail(name: str) -> str:
+    """The end of a long name, which tells it from its neighbours."""
+    return name if len(name) <= MAX_NAME else "…" + name[1 - MAX_NAME :]
 
 
 def _sources(by: Json) -> str:

@@ -211,6 +211,9 @@ class OriginConfig:
         default=(), metadata=_about(_each(_path), "directories that file:// sources may read from; empty: none")
     )
     streams: int = field(default=8, metadata=_about(_count, "reads in flight to origins"))
+    bandwidth: int | None = field(
+        default=None, metadata=_about(_optional(_size), "bytes a second read from origins at most; default: no cap")
+    )
     attempts: int = field(default=5, metadata=_about(_count, "tries of one read before the load fails"))
     timeout: float = field(
         default=30.0, metadata=_about(_seconds(0.1), "seconds without a byte before a read is given up")
@@ -249,6 +252,17 @@ class Config:
     capacity: int | None = field(
         default=None,
         metadata=_about(_optional(_size), "bytes the store may take: 200GB, 1.5TiB; default: what the disk has"),
+    )
+    peer_streams: int = field(default=1, metadata=_about(_count, "connections to one peer"))
+    peer_bandwidth: int | None = field(
+        default=None,
+        metadata=_about(_optional(_size), "bytes a second fetched from peers at most; default: no cap"),
+    )
+    dirty_budget: int | None = field(
+        default=None,
+        metadata=_about(
+            _optional(_size), "bytes that may wait in memory for the disk; default: half of what the kernel allows"
+        ),
     )
     fresh: float = field(
         default=60.0,

@@ -360,7 +360,8 @@ async def _monitoring(node: Node, where: str) -> AsyncIterator[None]:
         try:
             await web.TCPSite(runner, address.host, address.port).start()
         except OSError as error:
-            raise DaemonError(f"metrics: cannot listen on {address}: {error.strerror}; choose another") from None
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            raise DaemonError(f"metrics: cannot listen on {address}: {reason}; choose another") from None
         yield
     finally:
         await runner.cleanup()

@@ -43,7 +43,7 @@ class Daemon:
         self.socket = root / "sock"
         self.log = root / "log"
         root.mkdir(parents=True, exist_ok=True)
-        self.port, self.bulk_port = _two_free_ports()
+        self.port, self.bulk_port = two_free_ports()
         self.options = [*options, *(f"--peer=127.0.0.1:{peer.port}" for peer in peers)]
         self.env = env or {}
         self.interface = interface
@@ -131,7 +131,7 @@ def _answers(path: Path) -> bool:
     return True
 
 
-def _two_free_ports() -> tuple[int, int]:
+def two_free_ports() -> tuple[int, int]:
     """A control port whose successor is free, too: not of those that the kernel hands out to anybody who connects."""
     while True:
         port = random.randrange(10_000, 32_000, 2)

@@ -149,7 +149,7 @@ def test_a_stranger_gets_no_byte(cluster: Cluster) -> None:
 class Recorder:
     """A client's end of a handshake, by hand: what it said is kept."""
 
-    def __init__(self, port: Port, number: int, key: bytes) -> None:
+    def __init__(self, port: Port, number: int, key: bytes | None) -> None:
         self.link = Link(Role.CLIENT, port)
         self.handshake = Handshake(self.link, key, os.urandom(16), b"")
         self.socket = socket.create_connection(("127.0.0.1", number), timeout=10)
@@ -246,21 +246,14 @@ def test_a_query_is_told_to_nobody(tmp_path: Path) -> None:
 # -- peers that want more than their share
 
 
-@dataclass
-class Asker:
-    """An honest member of the cluster that asks for what it should not get."""
-
-    peer: BadPeer
-    host: Daemon
-
-    def wants(self, blob: bytes) -> tuple[object, object, list[object]]:
-        """What the host says of a blob, by every way there is: state, manifest, chunk."""
-        (state,) = self.peer.call(self.host, "want", [blob])
-        bulk = Recorder(Port.BULK, self.host.bulk_port, self.peer.key or b"")
-        with bulk.socket:
-            bulk.say(bulk.link.send(Kind.GET, 1, blob, 0))
-            frame = bulk.frame()
-        return state, self.peer.call(self.host, "manifest", blob), [frame.kind, *frame.fields]
+def everything_told(peer: BadPeer, host: Daemon, blob: bytes) -> tuple[object, object, list[object]]:
+    """What a host tells a peer of a blob, by every way there is: state, manifest, chunk."""
+    (state,) = peer.call(host, "want", [blob])
+    bulk = Recorder(Port.BULK, host.bulk_port, peer.key)
+    with bulk.socket:
+        bulk.say(bulk.link.send(Kind.GET, 1, blob, 0))
+        frame = bulk.frame()
+    return state, peer.call(host, "manifest", blob), [frame.kind, *frame.fields]
 
 
 def test_local_files_stay_local(s3: S3Server, tmp_path: Path) -> None:
@@ -281,7 +274,7 @@ def test_local_files_stay_local(s3: S3Server, tmp_path: Path) -> None:
         with host.client() as client:
             assert [row["blob"] for row in client.ls()["blobs"]] == [blob.hex()]
         assert peer.call(host, "find", source) is None
-        assert Asker(peer, host).wants(blob) == (None, None, [Kind.NO, 1, "unknown", 0])
+        assert everything_told(peer, host, blob) == (None, None, [Kind.NO, 1, "unknown", 0])
         assert peer.call(host, "find", f"file://{tmp_path}/shelf") is None
         assert peer.call(host, "find", "s3://security/file.safetensors") is None
         assert s3.proxy.requests == 0  # a peer's question makes no host go and look

@@ -45,7 +45,7 @@ def accepts(port: int) -> bool:
     return False
 
 
-_SPAWNER = ThreadPoolExecutor(1, "spawner")  # a child's "parent" is the thread that made it: this one lasts
+SPAWNER = ThreadPoolExecutor(1, "spawner")  # a child's "parent" is the thread that made it: this one lasts
 
 
 def spawn(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -58,7 +58,7 @@ def spawn(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, preexec_fn=die_with_parent, **options)
 
-    return _SPAWNER.submit(start).result()
+    return SPAWNER.submit(start).result()
 
 
 class LoopThread:

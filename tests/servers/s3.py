@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.servers.loop import SPAWNER
 from tests.servers.proxy import FaultProxy
 from weightcache.tools.seaweed import SECRET_KEY, Seaweed, variables
 
@@ -42,6 +43,10 @@ class S3Server(Seaweed):
     def env(self, secret: str = SECRET_KEY) -> dict[str, str]:
         """The variables with which a client finds and may use this server."""
         return variables(self.endpoint, secret)
+
+    def start(self) -> None:
+        # From a thread that lasts: the server is killed when the thread that started it ends.
+        SPAWNER.submit(super().start).result()
 
     def close(self) -> None:
         self.stop()

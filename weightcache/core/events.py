@@ -124,11 +124,18 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Congested:
+    """This host's disk is behind (``on``), or has caught up: nothing is asked for in between."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """The time of the last ``Wake`` has come."""
 
 
-Event = LoadAdded | LoadRemoved | PeerHas | PeerGot | PeerLeft | PeerPardoned | Got | Failed | Tick
+Event = LoadAdded | LoadRemoved | PeerHas | PeerGot | PeerLeft | PeerPardoned | Got | Failed | Congested | Tick
 
 
 @dataclass(frozen=True, slots=True)

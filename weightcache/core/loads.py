@@ -95,6 +95,25 @@ class Load:
                 if not self.holders[chunk]:
                     self.held ^= 1 << chunk
 
+    def fail_reads(self, chunks: Iterable[int]) -> None:
+        """The origin did not give these chunks; what it failed ``attempts`` times it is not asked for again."""
+        for chunk in chunks:
+            self.tries[chunk] = self.tries.get(chunk, 0) + 1
+            self.tried |= 1 << chunk
+            if self.tries[chunk] >= self.attempts:
+                self.spent |= 1 << chunk
+
+    def run(self, chunk: int, usable: int, limit: int) -> list[int]:
+        """``chunk`` and the neighbours behind it that none of the ``usable`` peers has, up to ``limit`` bytes."""
+        wanted = self.missing & ~self.local & ~self.spent
+        run, size = [chunk], self.length(chunk)
+        for following in range(chunk + 1, len(self.plan)):
+            size += self.length(following)
+            if size > limit or not wanted >> following & 1 or self.holders[following] & usable:
+                break
+            run.append(following)
+        return run
+
     def note(self, peer: Peer, why: str) -> None:
         """How ``peer`` failed, for the last word."""
         self.failed.pop(peer, None)

@@ -32,6 +32,7 @@ from weightcache.core.events import (
     Action,
     Blame,
     Cancel,
+    Congested,
     Done,
     Event,
     Failed,
@@ -54,16 +55,15 @@ from weightcache.core.events import (
 )
 from weightcache.core.layout import CHUNK
 from weightcache.core.loads import Load, Request
+from weightcache.core.pace import Pace
 from weightcache.core.peers import NEVER, Peers, PeerState
 
 ORIGIN_READ = CHUNK  # bytes of one ranged read: a chunk, or a run of smaller neighbours
 HOST_BYTES = 256 << 20  # peers that together owe this much are asked for no more
 LOCAL_CHUNKS = 4  # copies from this host's own disk at once
-SOFT_DEADLINE = 2.0  # seconds beyond four times the expected time, after which a request is hedged
-LONGEST_SOFT = 30.0  # however slow the peer
+SOFT_DEADLINE, LONGEST_SOFT = 2.0, 30.0  # seconds beyond four times the expected time until a request is hedged
 HARD_FACTOR = 4  # times the soft deadline, after which it is cancelled
-HEDGE_SHARE = 0.05  # of the bytes asked for so far may be asked for twice
-HEDGE_BYTES = 4 * CHUNK  # and this much
+HEDGE_SHARE, HEDGE_BYTES = 0.05, 4 * CHUNK  # of what was asked for so far, and this much, may be asked for twice
 LIAR_REST = 600.0
 FIRST_REST, LONGEST_REST = 1.0, 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
@@ -76,11 +76,15 @@ CHUNKS_SEEN, LOADS_SEEN, LATE_SEEN = 16, 8, 4  # looked at in vain before a turn
 
 
 class Planner:
-    """Decides for one host. ``streams``: reads in flight to origins at most."""
+    """Decides for one host. ``streams``: reads in flight to origins; rates: bytes/s asked of either (None: no cap)."""
 
-    def __init__(self, seed: int, streams: int = 8) -> None:
+    def __init__(
+        self, seed: int, streams: int = 8, peer_rate: float | None = None, origin_rate: float | None = None
+    ) -> None:
         self._random = random.Random(seed)
         self._streams = streams
+        self._peer_pace, self._origin_pace = Pace(peer_rate), Pace(origin_rate)
+        self._congested = False
         self._loads: dict[bytes, Load] = {}
         self._queues: dict[int, deque[Load]] = {}  # by rank, ascending; whoever is looked at goes to the end
         self._peers = Peers()
@@ -117,6 +121,8 @@ class Planner:
                 self._added(event, now)
             case LoadRemoved():
                 self._remove(event.blob, now)
+            case Congested():
+                self._congested = event.on
             case Tick():
                 self._woken = NEVER
         self._pass_deadlines(now)
@@ -262,11 +268,7 @@ class Planner:
         self._out.append(Blame(load.blob, peer.name, kind, detail, rest))
 
     def _origin_failed(self, load: Load, chunks: list[int], event: Failed, now: float) -> None:
-        for chunk in chunks:
-            load.tries[chunk] = load.tries.get(chunk, 0) + 1
-            load.tried |= 1 << chunk
-            if load.tries[chunk] >= load.attempts:
-                load.spent |= 1 << chunk
+        load.fail_reads(chunks)
         if now >= load.origin_rests_until:  # one outage makes many reads fail: it is counted once
             pause = FIRST_PAUSE * 2 ** min(load.origin_failures, 10) * self._random.uniform(0.5, 1.5)
             pause = min(LONGEST_PAUSE, max(pause, event.wait))
@@ -290,6 +292,9 @@ class Planner:
             self._asked += length
             if isinstance(where, bytes):
                 self._peers.owe(self._peers[where], length, now)
+                self._peer_pace.spend(length, now)
+            elif where is Via.ORIGIN:
+                self._origin_pace.spend(length, now)
         if isinstance(where, bytes):
             peer = self._peers[where]
             if peer.failures:
@@ -411,7 +416,9 @@ class Planner:
             heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][1] not in self._requests:
             heapq.heappop(self._deadlines)
-        at = min(self._beat, self._peers.next_rested, *self._pauses[:1], *(entry[0] for entry in self._deadlines[:1]))
+        paces = (self._peer_pace.opens_at(now), self._origin_pace.opens_at(now)) if self._loads else ()
+        deadlines = (entry[0] for entry in self._deadlines[:1])
+        at = min(self._beat, self._peers.next_rested, *self._pauses[:1], *deadlines, *paces)
         if at < self._woken or self._woken <= now:
             self._woken = at
             if at < NEVER:
@@ -420,7 +427,7 @@ class Planner:
     # -- who is asked for what
 
     def _dispatch(self, now: float, *, thorough: bool) -> None:
-        for queue in self._queues.values():
+        for queue in self._queues.values() if not self._congested else ():
             vain = 0
             while vain < len(queue) and (thorough or vain < LOADS_SEEN):
                 load = queue[0]
@@ -439,7 +446,7 @@ class Planner:
         seen = None if thorough else CHUNKS_SEEN
         peers = self._peers
         holders = load.complete | load.partial
-        if peers.owed < HOST_BYTES and holders & peers.open:
+        if peers.owed < HOST_BYTES and holders & peers.open and self._peer_pace.open(now):
             some = wanted if load.complete & peers.open else wanted & load.held
             likely = peers.askable(holders) or thorough
             for chunk in islice(members_from_anywhere(some, self._random), seen if likely else 1):
@@ -462,25 +469,19 @@ class Planner:
 
     def _origin_open(self, load: Load, now: float) -> bool:
         at_once = 1 if load.origin is Reach.STREAM or load.origin_failures else self._streams
-        free = load.reading < at_once and self._reading < self._streams
+        free = load.reading < at_once and self._reading < self._streams and self._origin_pace.open(now)
         return load.origin is not Reach.NONE and free and now >= load.origin_rests_until
 
     def _run(self, load: Load, chunk: int) -> list[int]:
         """``chunk`` and the neighbours behind it that only the origin has, as far as one read goes."""
         if load.origin is Reach.STREAM:  # all of it passes by anyway
             return list(members(load.missing & ~load.local))
-        usable = self._peers.open | self._peers.busy
-        wanted = load.missing & ~load.local & ~load.spent
-        run, size = [chunk], load.length(chunk)
-        for following in range(chunk + 1, len(load.plan)):
-            size += load.length(following)
-            if size > ORIGIN_READ or not wanted >> following & 1 or load.holders[following] & usable:
-                break
-            run.append(following)
-        return run
+        return load.run(chunk, self._peers.open | self._peers.busy, ORIGIN_READ)
 
     def _check_stuck(self, load: Load, now: float) -> None:
         """End ``load`` if nothing can be expected any more."""
+        if self._congested:
+            load.progressed = now  # it waits for this host's own disk
         spent = load.missing & ~load.local
         if load.origin is not Reach.NONE:
             spent &= load.spent

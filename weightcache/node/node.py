@@ -60,13 +60,13 @@ class Node:
         self.swarm = Swarm(self.store.node_id, key, self, self.trust)
         settings = {"key": key or b"", "node_id": self.store.node_id}
         origin = asdict(config.origin) | {"file_roots": [str(root) for root in config.origin.file_roots]}
-        self._receiver = BulkProcess("recv", settings, self._heard_receiver, self._receiver_died)
+        receiving = settings | {"streams": config.peer_streams}
+        self._receiver = BulkProcess("recv", receiving, self._heard_receiver, self._receiver_died)
         self._reader = BulkProcess("origin", origin, self._heard_reader, self._reader_died)
         self._calls = OriginCalls(self._reader, config.origin.attempts)
         self.transfers = Transfers(
-            self.store, self._receiver, self._reader, config.origin.streams, config.origin.attempts, self._had,
-            self.swarm.peers, self.trust,
-        )  # fmt: skip
+            self.store, self._receiver, self._reader, config, self._had, self.swarm.peers, self.trust
+        )
         self.blobs = Blobs(self.store, self.swarm, self._calls, self.transfers, self.trust)
         self.resolver = Resolver(self.store, self.swarm, self._calls, self.trust, policy.admit, config.fresh)
         self.serving = Serving(self.store, dict(settings))
@@ -103,7 +103,10 @@ class Node:
         self.transfers.close()
         await self.swarm.close()
         await asyncio.gather(self.serving.close(), self._receiver.stop(), self._reader.stop())
-        await asyncio.to_thread(self.store.close)
+        try:
+            await asyncio.to_thread(self.store.close)
+        except RuntimeError:  # the interpreter ends: it lends no more threads, and nobody else needs this loop
+            self.store.close()
 
     def _members_changed(self, view: View) -> None:
         self.swarm.members(view)

@@ -8,6 +8,7 @@ hashed, compared and written it, and the store has recorded it; then listeners, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -16,11 +17,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from weightcache.config import Config
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.events import (
     LIES,
     Blame,
     Cancel,
+    Congested,
     Done,
     Event,
     Failed,
@@ -50,7 +53,7 @@ from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
 from weightcache.node.swarm import Peer
 from weightcache.node.trust import Trust
-from weightcache.store import Store
+from weightcache.store import Flusher, Store, default_budget
 
 log = logging.getLogger(__name__)
 
@@ -91,19 +94,21 @@ class Transfers:
         store: Store,
         receiver: BulkProcess,
         reader: BulkProcess,
-        streams: int,
-        attempts: int,
+        config: Config,
         had: Callable[[Incoming, int, bytes], None],
         peers: dict[bytes, Peer],
         trust: Trust,
     ) -> None:
         self._store = store
         self._processes = {"recv": receiver, "origin": reader}
-        self._attempts = attempts
+        self._attempts = config.origin.attempts
         self._had = had
         self._peers = peers
         self._trust = trust
-        self._planner = Planner(secrets.randbits(64), streams)
+        self._planner = Planner(
+            secrets.randbits(64), config.origin.streams, config.peer_bandwidth, config.origin.bandwidth
+        )
+        self._flusher = Flusher(config.dirty_budget or default_budget(), self._congested)
         self._incoming: dict[bytes, Incoming] = {}
         self._handles: dict[int, Incoming] = {}
         self._requests: dict[int, tuple[Incoming, Fetch, set[int]]] = {}  # the set: chunks still to come
@@ -158,6 +163,11 @@ class Transfers:
         if self._incoming.get(coming.blob) is coming:
             self._feed(LoadRemoved(coming.blob))
             self._end(coming, error or WeightcacheError(f"{coming.entry.path}: nobody waits for it any more"))
+
+    def _congested(self, full: bool) -> None:
+        """From the flusher's thread: the disk is behind, or has caught up."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._feed, Congested(full))
 
     # -- news of peers
 
@@ -333,6 +343,7 @@ class Transfers:
             else:
                 tally.local += length
         begin, _ = coming.manifest.plan.span(chunk)
+        self._flusher.landed(coming.writer, begin, length)
         for listener in coming.listeners:
             listener(begin, begin + length)
         self._had(coming, chunk, name)
@@ -403,6 +414,7 @@ class Transfers:
         for role in coming.opened:
             self._processes[role].send("close", coming.handle)
         os.close(coming.writer)
+        self._flusher.ended()
         if not coming.done.done():
             if error is None:
                 coming.done.set_result(None)
@@ -414,6 +426,7 @@ class Transfers:
             self._wake.cancel()
         for coming in self.all():
             self.abandon(coming, WeightcacheError("this host is shutting down"))
+        self._flusher.close()
 
 
 def one_file(entry: FileEntry) -> bytes:

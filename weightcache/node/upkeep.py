@@ -197,9 +197,12 @@ class Upkeep:
         return {"freed": evicted.freed, "kept": kept}
 
     def pin(self, names: Iterable[str], *, on: bool) -> list[BlobInfo]:
-        """Pin or unpin blobs; all names are looked up before any is touched."""
-        blobs = [blob for name in names for blob in self.find(name)]
+        """Pin or unpin blobs; all names are looked up before any is touched. Raises UnknownBlob."""
+        blobs = self.chosen(names)
         here = [blob for blob in blobs if self._store.info(blob) is not None]
+        if on and len(here) < len(blobs):
+            lacking = len(blobs) - len(here)
+            raise UnknownBlob(f"{lacking} of {len(blobs)} files are not in the store; pull them first, then pin them")
         for blob in here:
             (self._store.pin if on else self._store.unpin)(blob)
         infos = [self._store.info(blob) for blob in here]

@@ -25,7 +25,8 @@ DIR_MODE = 0o755
 
 _BLOB_NAME = re.compile(rf"^[0-9a-f]{{{2 * ID_BYTES}}}$")
 _sync_file_range = ctypes.CDLL(None).sync_file_range
-_WRITE_AND_WAIT = 1 | 2 | 4  # WAIT_BEFORE, WRITE, WAIT_AFTER
+_WRITE = 2
+_WRITE_AND_WAIT = 1 | _WRITE | 4  # WAIT_BEFORE, WRITE, WAIT_AFTER
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -131,6 +132,11 @@ def _allocate(fd: int, size: int) -> None:
         if error.errno not in _NO_FALLOCATE:
             raise
         os.ftruncate(fd, size)  # the best such a filesystem offers; a C library that emulates it never comes here
+
+
+def start_flush(fd: int, offset: int, length: int) -> None:
+    """Have the kernel begin to write the dirty pages of [offset, offset + length) out, without waiting for it."""
+    _sync_file_range(fd, ctypes.c_long(offset), ctypes.c_long(length), _WRITE)
 
 
 def flush_range(fd: int, offset: int, length: int) -> None:

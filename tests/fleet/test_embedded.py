@@ -1,0 +1,139 @@
+"""Without a daemon a process works on the store by itself; with one, many workers are one load."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.fleet.daemons import Daemon, cli
+from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.workers import Worker
+from tests.servers.loop import wait_until
+from tests.servers.s3 import S3Server
+
+COUNT = 4
+WORKERS = 20
+
+LOAD = """
+import hashlib
+from weightcache.runtime import load_file
+
+def digest(source):
+    state = hashlib.sha256()
+    for tensor in load_file(source).values():
+        state.update(tensor.numpy())
+    return state.hexdigest()
+"""
+PULL = """
+import hashlib, os
+from weightcache import SyncClient
+
+def pulled(*sources):
+    from concurrent.futures import ThreadPoolExecutor
+    with SyncClient() as client, ThreadPoolExecutor() as threads:
+        reports = list(threads.map(client.pull, sources))
+        return [[hashlib.sha256(open(r["path"], "rb").read()).hexdigest(), r["bytes_by_source"]] for r in reports]
+"""
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A store, a socket at which nobody answers, and a directory for temporary files that must be empty afterwards."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    before = processes()
+    yield {
+        "WEIGHTCACHE_STORE": str(tmp_path / "store"),
+        "WEIGHTCACHE_SOCKET": str(tmp_path / "sock"),
+        "TMPDIR": str(temporary),
+    }
+    assert [path.name for path in temporary.iterdir() if path.name.startswith("weightcache")] == []
+    wait_until(lambda: processes() <= before, 5, "no process to be left behind")
+
+
+def processes() -> set[int]:
+    """Every bulk process on this machine that works for this test's user."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"weightcache.node.bulk" in path.read_bytes():
+                found.add(int(path.parent.name))
+        except OSError:
+            continue  # it has just ended
+    return found
+
+
+def put(s3: S3Server, name: str, seed: int) -> tuple[str, bytes, str]:
+    data = tensors(COUNT, CHUNK, seed)
+    s3.put("embedded", name, data)
+    return f"s3://embedded/{name}", data, hashlib.sha256(memoryview(data)[-COUNT * CHUNK :]).hexdigest()
+
+
+def test_one_line_loads_without_a_daemon(s3: S3Server, env: dict[str, str], tmp_path: Path) -> None:
+    source, data, digest = put(s3, "line.safetensors", 1)
+    with Worker(tmp_path / "log", env) as worker:
+        assert worker.run(LOAD, f"digest({source!r})") == digest
+        assert s3.proxy.egress == len(data)
+        assert worker.end() == 0
+    with Worker(tmp_path / "log", env) as worker:  # the next process finds it
+        assert worker.run(LOAD, f"digest({source!r})") == digest
+        assert worker.end() == 0
+    assert s3.proxy.egress == len(data)
+    assert (tmp_path / "log").read_text() == ""
+    shown = cli("path", source, env=env)
+    assert Path(shown.stdout.strip()).read_bytes() == data
+
+
+def test_a_client_pulls_several_at_once(s3: S3Server, env: dict[str, str], tmp_path: Path) -> None:
+    (first, one, _), (second, two, _) = put(s3, "first.safetensors", 2), put(s3, "second.safetensors", 3)
+    with Worker(tmp_path / "log", env) as worker:
+        found = worker.run(PULL, f"pulled({first!r}, {second!r})")
+        assert found == [
+            [hashlib.sha256(data).hexdigest(), {"local": 0, "peer": {}, "origin": len(data)}] for data in (one, two)
+        ]
+        assert worker.end() == 0
+    assert s3.proxy.egress == len(one) + len(two)
+
+
+def test_two_processes_take_turns_on_one_store(s3: S3Server, env: dict[str, str], tmp_path: Path) -> None:
+    source, data, digest = put(s3, "turns.safetensors", 4)
+    with Worker(tmp_path / "one", env) as one, Worker(tmp_path / "two", env) as two:
+        for worker in (one, two):
+            worker.run(LOAD)
+        for worker in (one, two):
+            worker.start("", f"digest({source!r})")
+        assert [worker.result() for worker in (one, two)] == [digest, digest]
+        assert s3.proxy.egress == len(data)
+        assert [worker.end() for worker in (one, two)] == [0, 0]
+
+
+def test_an_embedded_node_that_is_killed_leaves_no_process(s3: S3Server, env: dict[str, str], tmp_path: Path) -> None:
+    source, _, digest = put(s3, "killed.safetensors", 5)
+    s3.proxy.stall(r"killed\.safetensors$", after=1 << 20, times=100)
+    with Worker(tmp_path / "log", env) as worker:
+        worker.start(LOAD, f"digest({source!r})")
+        wait_until(lambda: s3.proxy.egress >= 1 << 20, 20, "the load to be under way")
+        worker.kill()
+    s3.proxy.heal()
+    for left in Path(env["TMPDIR"]).iterdir():  # nobody can clean up behind SIGKILL
+        for file in left.iterdir():
+            file.unlink()
+        left.rmdir()
+    with Worker(tmp_path / "log", env) as worker:
+        assert worker.run(LOAD, f"digest({source!r})") == digest
+        assert worker.end() == 0
+
+
+def test_many_workers_of_a_daemon_are_one_load(s3: S3Server, tmp_path: Path) -> None:
+    source, data, _ = put(s3, "many.safetensors", 6)
+    with Daemon(tmp_path / "a") as host, ThreadPoolExecutor(WORKERS) as threads:
+        reports = list(threads.map(host.pull, [source] * WORKERS))
+        assert s3.proxy.egress == len(data)
+        assert {Path(report["path"]).read_bytes() == data for report in reports} == {True}
+        with host.client() as client:
+            wait_until(lambda: client.ls()["blobs"][0]["leases"] == 0, 10, "all leases to end")
+            assert client.status()["loads"] == []

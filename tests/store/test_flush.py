@@ -1,0 +1,75 @@
+"""The dirty budget: what landed is counted until it is on the disk, and descriptors do not stay open."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from weightcache.store import Flusher
+
+PIECE = 1 << 20
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> int:
+    fd = os.open(tmp_path / "blob", os.O_RDWR | os.O_CREAT)
+    os.posix_fallocate(fd, 0, 16 * PIECE)
+    return fd
+
+
+def land(flusher: Flusher, fd: int, pieces: range) -> None:
+    for piece in pieces:
+        os.pwrite(fd, os.urandom(PIECE), piece * PIECE)
+        flusher.landed(fd, piece * PIECE, PIECE)
+
+
+def open_descriptors(path: str) -> int:
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found += os.readlink(f"/proc/self/fd/{name}") == path
+        except OSError:
+            continue
+    return found
+
+
+def test_at_the_budget_it_is_full_until_the_disk_has_half(file: int) -> None:
+    said: list[bool] = []
+    caught_up = threading.Event()
+
+    def changed(full: bool) -> None:
+        said.append(full)
+        if not full:
+            caught_up.set()
+
+    flusher = Flusher(4 * PIECE, changed)
+    land(flusher, file, range(12))
+    assert caught_up.wait(20)
+    assert said[0] is True
+    assert said == [bool(index % 2 == 0) for index in range(len(said))]
+    flusher.close()
+
+
+def test_below_a_quarter_nothing_is_written_out_until_the_blob_has_come(file: int) -> None:
+    path = os.readlink(f"/proc/self/fd/{file}")
+    flusher = Flusher(64 * PIECE, lambda full: None)
+    land(flusher, file, range(8))
+    assert flusher.dirty == 8 * PIECE
+    assert open_descriptors(path) == 9
+    flusher.ended()
+    deadline = threading.Event()
+    while flusher.dirty and not deadline.wait(0.01):
+        pass
+    assert open_descriptors(path) == 1, "an open descriptor would keep the blob from being evicted"
+    flusher.close()
+
+
+def test_close_leaves_no_descriptor(file: int) -> None:
+    path = os.readlink(f"/proc/self/fd/{file}")
+    flusher = Flusher(64 * PIECE, lambda full: None)
+    land(flusher, file, range(4))
+    flusher.close()
+    assert open_descriptors(path) == 1

@@ -1,0 +1,102 @@
+"""The dirty budget: how many bytes may wait in memory for the disk before no more are fetched.
+
+Theory of operation. Once the dirty pages of the whole machine pass the kernel's limit, whoever writes is made to
+wait, and all loads fall to the disk's speed at once, the daemon's own index with them. So what lands is counted until
+it is on the disk. From a quarter of the budget on, a thread has the kernel write the oldest ranges out
+(``sync_file_range`` starts that without waiting) and waits for them in order; at the whole budget ``full`` turns
+true, and the planner asks for nothing until half of it is free again. Not from the first byte on: pages on their way
+to the disk make writers some 20% slower (``bench/dirty.py``). A store on tmpfs has nothing to write back: its ranges
+are done at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from weightcache.store.files import flush_range, start_flush
+
+_LEAST = 256 << 20
+_RATIO, _BYTES = Path("/proc/sys/vm/dirty_ratio"), Path("/proc/sys/vm/dirty_bytes")
+
+
+def default_budget() -> int:
+    """Half of what the kernel lets be dirty, in bytes: the other half is for whoever else writes on this host."""
+    limit = int(_BYTES.read_text())
+    if not limit:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limit = available * int(_RATIO.read_text()) // 100
+    return max(_LEAST, limit // 2)
+
+
+class Flusher:
+    """Counts what landed until the disk has it. ``changed(full)`` is called, from its thread, when ``full`` changes."""
+
+    def __init__(self, budget: int, changed: Callable[[bool], None]) -> None:
+        self._budget = budget
+        self._changed = changed
+        self._queue: deque[tuple[int, int, int]] = deque()  # descriptor, offset, length: not started
+        self._started: deque[tuple[int, int, int]] = deque()
+        self._work = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._due = 0  # ranges that are written out however small the backlog
+        self.dirty = 0  # bytes
+        self.full = False
+
+    def landed(self, fd: int, offset: int, length: int) -> None:
+        """Bytes were written through ``fd``, of which a copy is kept until the disk has them. Quick."""
+        with self._work:
+            self._queue.append((os.dup(fd), offset, length))
+            self.dirty += length
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
+                self._thread.start()
+            self._set_full()
+            self._work.notify()
+
+    def ended(self) -> None:
+        """A blob has come: write out all there is, so that its descriptors close and it can be evicted. Quick."""
+        with self._work:
+            self._due = len(self._queue) + len(self._started)
+            self._work.notify()
+
+    def _set_full(self) -> None:
+        full = self.dirty >= self._budget or (self.full and self.dirty > self._budget // 2)
+        if full != self.full:
+            self.full = full
+            self._changed(full)
+
+    def _run(self) -> None:
+        while True:
+            with self._work:
+                self._work.wait_for(lambda: self._closed or self._due or self.dirty > self._budget // 4)
+                if self._closed:
+                    return
+                fresh = list(self._queue)
+                self._queue.clear()
+            for fd, offset, length in fresh:
+                start_flush(fd, offset, length)
+            self._started.extend(fresh)
+            self._finish(*self._started.popleft())
+
+    def _finish(self, fd: int, offset: int, length: int) -> None:
+        flush_range(fd, offset, length)
+        os.close(fd)
+        with self._work:
+            self.dirty -= length
+            self._due = max(0, self._due - 1)
+            self._set_full()
+
+    def close(self) -> None:
+        """Count no more; what is under way goes on in the kernel."""
+        with self._work:
+            self._closed = True
+            self._work.notify()
+        if self._thread is not None:
+            self._thread.join(1.0)
+        for fd, _, _ in (*self._queue, *self._started):
+            os.close(fd)
