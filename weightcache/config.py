@@ -247,7 +247,7 @@ class Config:
         metadata=_about(_optional(_path), "file with the cluster's secret; without one nothing but loopback is served"),
     )
     datacenter: str = field(
-        default="default", metadata=_about(_label, "datacenter this host states; peers of the same one are preferred")
+        default="default", metadata=_about(_label, "datacenter this host states to its peers")
     )
     capacity: int | None = field(
         default=None,
