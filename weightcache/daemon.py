@@ -48,6 +48,7 @@ STOP_SECONDS = 1.0  # that connections get to end by themselves
 MAX_BODY = 1 << 20
 
 _NODE = web.AppKey("node", Node)
+_UNDER_WAY = web.AppKey("under_way", set["asyncio.Task[Any]"])  # requests
 _STATUS: tuple[tuple[type[WeightcacheError], int], ...] = (
     (SourceNotFound, 404),
     (UnknownBlob, 404),
@@ -66,6 +67,8 @@ def build_app(node: Node) -> web.Application:
     """The whole HTTP face of a node."""
     app = web.Application(client_max_size=MAX_BODY, middlewares=[_errors])
     app[_NODE] = node
+    app[_UNDER_WAY] = set()
+    app.on_shutdown.append(_hang_up)
     app.add_routes(
         [
             web.get("/healthz", _health),
@@ -100,11 +103,22 @@ def build_monitor(node: Node) -> web.Application:
 async def _errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
+    task = asyncio.current_task()
+    assert task is not None
+    request.app[_UNDER_WAY].add(task)
     try:
         return await handler(request)
     except WeightcacheError as error:
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
         return web.json_response(_error(error), status=status)
+    finally:
+        request.app[_UNDER_WAY].discard(task)
+
+
+async def _hang_up(app: web.Application) -> None:
+    """The daemon stops: a load may go on for minutes, and would be waited for."""
+    for task in app[_UNDER_WAY]:
+        task.cancel()
 
 
 def _error(error: BaseException) -> Json:

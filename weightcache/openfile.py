@@ -78,6 +78,7 @@ class OpenFile:
         self.path: str = file["at"]
         self.size: int = file["size"]
         self.report: Json | None = None
+        self._name: str = load.snapshot["source"]  # for people: without what a query may hold
         self._worker = worker
         self._ranges = Ranges(self.size)
         self._ranges.add(file["had"])
@@ -106,8 +107,8 @@ class OpenFile:
         except WeightcacheError as error:
             self._ranges.fail(error)
         except Exception as error:
-            log.exception("load given up", extra=fields(source=source))
-            self._ranges.fail(DaemonError(f"{source}: {type(error).__name__}: {error}; open it again"))
+            log.exception("load given up", extra=fields(source=self._name))
+            self._ranges.fail(DaemonError(f"{self._name}: {type(error).__name__}: {error}; open it again"))
         finally:
             self._ranges.fail(DaemonError(f"{self.path}: it was closed while it was still arriving"))
             hearing.cancel()
@@ -119,7 +120,7 @@ class OpenFile:
             try:
                 return await self._hear()
             except DaemonError as error:
-                log.warning("load interrupted", extra=fields(source=source, why=str(error)))
+                log.warning("load interrupted", extra=fields(source=self._name, why=str(error)))
                 await self._reopen(source)
 
     async def _hear(self) -> None:

@@ -109,7 +109,7 @@ class Daemon:
     def evict(self, source: str) -> int:
         """Evict what is about to be free of the daemon's own care; returns the bytes freed."""
         with self.client() as client:
-            return wait_until(lambda: client.evict([source])["freed"], 10, f"{source} to be evicted")
+            return wait_until(lambda: int(client.evict([source])["freed"]), 10, f"{source} to be evicted")
 
     def meets(self, *others: Named) -> None:
         """Wait until it is connected to others."""

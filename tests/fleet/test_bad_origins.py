@@ -24,7 +24,7 @@ NEVER = 1 << 60  # bytes: what fails after so many passes
 ALWAYS = 1 << 30  # times
 ATTEMPTS = 3
 STREAMS = 2
-OPTIONS = ("--origin-timeout=1", f"--origin-attempts={ATTEMPTS}", f"--origin-streams={STREAMS}", "--fresh=0")
+OPTIONS = ("--origin-timeout=0.5", f"--origin-attempts={ATTEMPTS}", f"--origin-streams={STREAMS}", "--fresh=0")
 _numbers = count()
 
 

@@ -45,23 +45,22 @@ def env(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A store, a socket at which nobody answers, and a directory for temporary files that must be empty afterwards."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    before = processes()
     yield {
         "WEIGHTCACHE_STORE": str(tmp_path / "store"),
         "WEIGHTCACHE_SOCKET": str(tmp_path / "sock"),
         "TMPDIR": str(temporary),
     }
     assert [path.name for path in temporary.iterdir() if path.name.startswith("weightcache")] == []
-    wait_until(lambda: processes() <= before, 5, "no process to be left behind")
+    wait_until(lambda: not processes(temporary), 5, "no process to be left behind")
 
 
-def processes() -> set[int]:
-    """Every bulk process on this machine that works for this test's user."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def processes(temporary: Path) -> list[str]:
+    """The processes whose directory for temporary files this is."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if b"weightcache.node.bulk" in path.read_bytes():
-                found.add(int(path.parent.name))
+            if f"TMPDIR={temporary}\0".encode() in path.read_bytes():
+                found.append(path.parent.name)
         except OSError:
             continue  # it has just ended
     return found

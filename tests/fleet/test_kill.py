@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tests.fleet.daemons import Daemon, Json, from_peers
@@ -104,7 +105,7 @@ def test_bulk_processes_and_peers_die_in_mid_load(s3: S3Server, tmp_path: Path) 
         assert any("own origin process died" in why for why in report["fallbacks"])
 
         for host, role in ((b, "recv"), (a, "send")):
-            report = load(b, lambda host=host, role=role: kill_process(host, role))
+            report = load(b, partial(kill_process, host, role))
             assert from_peers(report) > 0
             assert from_peers(report) + report["bytes_by_source"]["origin"] == len(data)
             assert b.evict(source) == len(data)

@@ -9,7 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def answer_to(port: int, said: bytes) -> tuple[bytes, float]:
 def test_a_stranger_gets_no_byte(cluster: Cluster) -> None:
     host, _ = cluster.hosts
     with ThreadPoolExecutor(32) as pool:
-        answers = {}
+        answers: dict[tuple[Port, str], Future[tuple[bytes, float]]] = {}
         for port in PORTS:
             other = PORTS[port is Port.CONTROL]
             said = {

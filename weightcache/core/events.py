@@ -29,12 +29,12 @@ class Reach(StrEnum):
 
 
 class Kind(StrEnum):
-    """Why a request failed. The first four are the peer's lies; they cost it the rest of LIAR_REST."""
+    """Why a request failed. The first three are the peer's lies; they cost it the rest of LIAR_REST."""
 
     MISMATCH = "mismatch"
     LENGTH = "length"
     GARBAGE = "garbage"
-    AUTH = "auth"
+    AUTH = "auth"  # another node answers, or one with too many connections
     REFUSED = "refused"
     RESET = "reset"
     STALLED = "stalled"
@@ -46,7 +46,7 @@ class Kind(StrEnum):
 
 
 # What no honest peer does.
-LIES = frozenset({Kind.MISMATCH, Kind.LENGTH, Kind.GARBAGE, Kind.AUTH})
+LIES = frozenset({Kind.MISMATCH, Kind.LENGTH, Kind.GARBAGE})
 
 Peer = bytes
 Where = Peer | Via

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import signal
 import socket
 import sys
 
+from weightcache import log
 from weightcache.net.channel import Channel
 
 _PR_SET_PDEATHSIG = 1
@@ -39,4 +41,9 @@ def main(role: str, fd: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    log.configure("warning")
+    try:
+        main(sys.argv[1], int(sys.argv[2]))
+    except Exception:
+        logging.getLogger(__name__).exception("bulk process failed")  # a line of the daemon's log, like every other
+        sys.exit(1)

@@ -81,7 +81,7 @@ class BulkProcess:
         try:
             with theirs:
                 if self._deaths:
-                    await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._deaths))
+                    await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._deaths, 10)))
                 began = loop.time()
                 process = self._process = await self._spawn(theirs.fileno())
             while (message := await channel.receive()) is not None:

@@ -227,5 +227,6 @@ def run_reader(sock: socket.socket) -> None:
 
     async def serve() -> None:
         await Reader(NodeChannel(sock)).serve()
+        os._exit(0)  # reads under way would hold up a tidier end, and nobody waits for them
 
     uvloop.run(serve())

@@ -358,7 +358,8 @@ class Transfers:
         if kind == Kind.MISMATCH and fetch.via is Via.ORIGIN:
             self._contradicted(coming, detail)
         elif kind == "disk":
-            self._feed(Failed(request, Kind.FATAL, f"{coming.entry.path}: {detail}", error=error))
+            detail = f"{coming.entry.path}: writing the store: {detail}; see its disk"
+            self._feed(Failed(request, Kind.FATAL, detail, error=error))
         else:
             self._feed(Failed(request, Kind(kind), detail, wait, error))
 

@@ -105,9 +105,9 @@ class Upkeep:
         if not info.checked and entry is not None:
             why = contradiction(self._store, entry)
             if why:
-                self._store.discard(blob)
-                blame = self._transfers.contradicted
+                blame = self._transfers.contradicted  # first: who loads it again must not believe the same peers
                 self._loop.call_soon_threadsafe(blame, entry.source, settling.claims, settling.accused)
+                self._store.discard(blob)
                 raise BlobCorrupt(f"{entry.source.public}: {why}; it is removed, load it again")
         self._store.settle(blob)
 
