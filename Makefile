@@ -23,7 +23,7 @@ check: .venv/test.stamp build/typed ## lint, format and types, over the whole tr
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/typed $(BIN)/mypy -p weightcache
 
-bench: .venv/test.stamp ## measure; the results go to bench/results
+bench: .venv/bench.stamp ## measure, beside others and the limit; the results go to bench/out
 	$(BIN)/python -m bench $(ARGS)
 
 soak: .venv/test.stamp ## load, kill and corrupt for a long time, from a seed

@@ -1,8 +1,8 @@
 """Ways to move a chunk from process to process, and what weightcache's own bulk processes cost over them.
 
-Bare loops differ in how they send (from the mapping, or by sendfile) and when they hash (each chunk when it is whole, or
-each piece as it comes, woken for 512 KiB). ``processes`` are the sender and the receiver without daemons: handshake,
-epoll, channel and all; they also take xxh3-128, as the last of the bare loops does.
+Bare loops differ in how they send (from the mapping, or by sendfile), when they hash (each chunk when it is whole, or
+each piece of up to 1 MiB as it comes) and when they wake up (for any byte, or for 512 KiB). ``processes`` are the
+sender and the receiver without daemons: handshake, epoll, channel, xxh3-128 and all.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from weightcache.net.table import write_table
 WAYS = {
     "limit": Way(),
     "sendfile": Way(sendfile=True),
-    "by the piece": Way(pieces=True),
-    "sendfile, by the piece": Way(sendfile=True, pieces=True),
-    "sendfile, by the piece, xxh3": Way(sendfile=True, pieces=True, xxh3=True),
+    "sendfile, low water": Way(sendfile=True, low_water=True),
+    "sendfile, pieces": Way(sendfile=True, pieces=True),
+    "sendfile, pieces, low water": Way(sendfile=True, pieces=True, low_water=True),
+    "sendfile, xxh3": Way(sendfile=True, xxh3=True),
     "sendfile, not hashed": Way(sendfile=True, blake3=False),
 }
 ABOUT = "The limit sends from the mapping and hashes whole chunks."

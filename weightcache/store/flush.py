@@ -43,7 +43,8 @@ class Flusher:
         self._work = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._due = 0  # ranges that are written out however small the backlog
+        self._ranges = 0  # in either queue, or being finished
+        self._due = 0  # of them: written out however small the backlog
         self.dirty = 0  # bytes
         self.full = False
 
@@ -51,6 +52,7 @@ class Flusher:
         """Bytes were written through ``fd``, of which a copy is kept until the disk has them. Quick."""
         with self._work:
             self._queue.append((os.dup(fd), offset, length))
+            self._ranges += 1
             self.dirty += length
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
@@ -61,7 +63,7 @@ class Flusher:
     def ended(self) -> None:
         """A blob has come: write out all there is, so that its descriptors close and it can be evicted. Quick."""
         with self._work:
-            self._due = len(self._queue) + len(self._started)
+            self._due = self._ranges
             self._work.notify()
 
     def _set_full(self) -> None:
@@ -88,6 +90,7 @@ class Flusher:
         os.close(fd)
         with self._work:
             self.dirty -= length
+            self._ranges -= 1
             self._due = max(0, self._due - 1)
             self._set_full()
 
