@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,11 +31,18 @@ _numbers = count()
 
 @dataclass
 class Object:
-    """One object of a bucket of its own name, and how the proxy knows it."""
+    """One object, and how the proxy knows it."""
 
-    source: str
-    path: str
+    key: str
     data: bytes
+
+    @property
+    def source(self) -> str:
+        return f"s3://fleet/{self.key}"
+
+    @property
+    def path(self) -> str:
+        return re.escape(self.key)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +61,10 @@ def believer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture
 def stored(s3: S3Server) -> Object:
-    number = next(_numbers)
-    data = tensors(12, MIB, seed=number)
-    s3.put("origins", f"{number}.safetensors", data)
+    stored = Object(f"origins/{next(_numbers)}.safetensors", tensors(12, MIB, seed=next(_numbers)))
+    s3.put("fleet", stored.key, stored.data)
     s3.proxy.reset_counts()
-    return Object(f"s3://origins/{number}.safetensors", rf"/origins/{number}\.safetensors", data)
+    return stored
 
 
 # -- failures that pass
@@ -155,13 +162,13 @@ def test_an_origin_that_is_down(host: Daemon, s3: S3Server, stored: Object, tmp_
 
 def test_an_object_that_is_replaced_in_mid_load_is_never_a_mixture(host: Daemon, s3: S3Server, stored: Object) -> None:
     older, newer = tensors(48, MIB, seed=1000), tensors(48, MIB, seed=1001)
-    s3.put("origins", stored.source.rpartition("/")[2], older)
+    s3.put("fleet", stored.key, older)
     s3.proxy.stall(stored.path, after=NEVER, times=4)  # version, digest, header and a part of it pass
     stuck = [s3.proxy.stall(stored.path) for _ in range(STREAMS)]
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(host.pull, stored.source)
         assert all(fault.struck.wait(20) for fault in stuck)
-        s3.put("origins", stored.source.rpartition("/")[2], newer)
+        s3.put("fleet", stored.key, newer)
         for fault in stuck:
             s3.proxy.release(fault)
         with pytest.raises(SourceChanged, match=stored.source):
@@ -176,7 +183,7 @@ def test_a_replaced_object_is_seen_at_once_after_a_failure(s3: S3Server, stored:
     with Daemon(tmp_path / "host", "--fresh=600", env=s3.env()) as host, host.client() as client:
         client.manifest(stored.source)
         newer = tensors(12, MIB, seed=2000)
-        s3.put("origins", stored.source.rpartition("/")[2], newer)
+        s3.put("fleet", stored.key, newer)
         with pytest.raises(SourceChanged):
             client.pull(stored.source)
         assert read(client.pull(stored.source)) == newer

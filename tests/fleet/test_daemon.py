@@ -57,8 +57,8 @@ def lines(host: Daemon) -> list[Json]:
 
 
 def test_sigterm_ends_it_within_two_seconds_in_the_middle_of_a_load(s3: S3Server, tmp_path: Path) -> None:
-    data, source = tensors(24, MIB, seed=1), "s3://daemon/stopped.safetensors"
-    s3.put("daemon", "stopped.safetensors", data)
+    data, source = tensors(24, MIB, seed=1), "s3://fleet/daemon/stopped.safetensors"
+    s3.put("fleet", "daemon/stopped.safetensors", data)
     s3.proxy.stall(r"stopped\.safetensors", after=NEVER, times=4)  # version, digest, header and a part pass
     stuck = s3.proxy.stall(r"stopped\.safetensors")
     host = Daemon(tmp_path / "host", "--origin-streams=2", env=s3.env())
@@ -143,8 +143,8 @@ def metrics(port: int) -> dict[tuple[str, ...], float]:
 
 
 def test_metrics_count_what_moves(s3: S3Server, tmp_path: Path) -> None:
-    data, source = tensors(6, MIB, seed=2), "s3://daemon/counted.safetensors"
-    s3.put("daemon", "counted.safetensors", data)
+    data, source = tensors(6, MIB, seed=2), "s3://fleet/daemon/counted.safetensors"
+    s3.put("fleet", "daemon/counted.safetensors", data)
     one, two = free_ports(2)
     first = Daemon(tmp_path / "first", f"--metrics=127.0.0.1:{one}", env=s3.env())
     second = Daemon(tmp_path / "second", f"--metrics=127.0.0.1:{two}", env=s3.env(), peers=(first,))
@@ -171,8 +171,8 @@ def test_metrics_count_what_moves(s3: S3Server, tmp_path: Path) -> None:
 
 
 def test_what_the_command_line_shows_is_json(s3: S3Server, tmp_path: Path) -> None:
-    data, source = tensors(3, MIB, seed=3), "s3://daemon/shown.safetensors"
-    s3.put("daemon", "shown.safetensors", data)
+    data, source = tensors(3, MIB, seed=3), "s3://fleet/daemon/shown.safetensors"
+    s3.put("fleet", "daemon/shown.safetensors", data)
     host = Daemon(tmp_path / "host", "--datacenter=here", env=s3.env())
     other = Daemon(tmp_path / "other", peers=(host,))
     with host, other:
@@ -200,12 +200,12 @@ def test_what_the_command_line_shows_is_json(s3: S3Server, tmp_path: Path) -> No
 
 def test_each_line_of_the_log_is_an_object(s3: S3Server, tmp_path: Path) -> None:
     """Also what is said when things fail, and by processes of its own that die."""
-    s3.put("daemon", "logged.safetensors", tensors(3, MIB, seed=4))
+    s3.put("fleet", "daemon/logged.safetensors", tensors(3, MIB, seed=4))
     s3.proxy.answer("logged", 500)
     (nobody,) = free_ports(1)
     host = Daemon(tmp_path / "host", "--log-level=debug", f"--peer=127.0.0.1:{nobody}", env=s3.env())
     with host:
-        host.pull("s3://daemon/logged.safetensors")
+        host.pull("s3://fleet/daemon/logged.safetensors")
         os.kill(status(host)["processes"]["origin"], signal.SIGABRT)
         wait_until(lambda: "bulk process died" in host.log.read_text(), 10, "its death to be noticed")
         host.stop()
@@ -224,8 +224,8 @@ def test_each_line_of_the_log_is_an_object(s3: S3Server, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("how", ["zeroconf", "dns"])
 def test_daemons_find_each_other(s3: S3Server, tmp_path: Path, how: str) -> None:
-    data, source = tensors(3, MIB, seed=5), f"s3://daemon/{how}.safetensors"
-    s3.put("daemon", f"{how}.safetensors", data)
+    data, source = tensors(3, MIB, seed=5), f"s3://fleet/daemon/{how}.safetensors"
+    s3.put("fleet", f"daemon/{how}.safetensors", data)
     first = Daemon(tmp_path / "first", *(["--discover=zeroconf"] if how == "zeroconf" else []), env=s3.env())
     option = "zeroconf" if how == "zeroconf" else f"dns:localhost:{first.port}"
     with first, Daemon(tmp_path / "second", f"--discover={option}", env=s3.env()) as second:
@@ -256,8 +256,8 @@ def test_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path) -
 
 
 def test_a_process_that_keeps_dying_is_started_ever_more_rarely(s3: S3Server, tmp_path: Path) -> None:
-    data, source = tensors(3, MIB, seed=6), "s3://daemon/served.safetensors"
-    s3.put("daemon", "served.safetensors", data)
+    data, source = tensors(3, MIB, seed=6), "s3://fleet/daemon/served.safetensors"
+    s3.put("fleet", "daemon/served.safetensors", data)
     host = Daemon(tmp_path / "host", env=s3.env())
     other = Daemon(tmp_path / "other", env=s3.env(), peers=(host,))
     with host:
@@ -291,8 +291,8 @@ def _time(line: Json) -> float:
 
 
 def test_a_load_outlives_the_death_of_its_processes(s3: S3Server, tmp_path: Path) -> None:
-    data, source = tensors(48, MIB, seed=7), "s3://daemon/outlived.safetensors"
-    s3.put("daemon", "outlived.safetensors", data)
+    data, source = tensors(48, MIB, seed=7), "s3://fleet/daemon/outlived.safetensors"
+    s3.put("fleet", "daemon/outlived.safetensors", data)
     s3.proxy.stall(r"outlived\.safetensors", after=NEVER, times=4)
     stuck = s3.proxy.stall(r"outlived\.safetensors")
     with Daemon(tmp_path / "host", "--origin-streams=1", env=s3.env()) as host, ThreadPoolExecutor(1) as pool:

@@ -57,7 +57,7 @@ def world(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
     (shelf / "unreadable.safetensors").write_bytes(tensors(1, MIB))
     (shelf / "unreadable.safetensors").chmod(0)
     _prepare_settings(root)
-    s3_server.put("errors", "file.safetensors", tensors(12, MIB))
+    s3_server.put("fleet", "errors/file.safetensors", tensors(12, MIB))
     with ExitStack() as stack:
         hub = stack.enter_context(HubServer())
         model = root / "gated"
@@ -71,7 +71,7 @@ def world(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
         pairs = [two_free_ports() for _ in range(2)]
         for _, port in pairs:
             stack.enter_context(socket.create_server(("127.0.0.1", port)))
-        host.pull("s3://errors/file.safetensors")
+        host.pull("s3://fleet/errors/file.safetensors")
         yield World(root, host, denied, pairs[0][1], cycle(before for before, _ in pairs))
 
 
@@ -83,7 +83,7 @@ class Weak(Daemon):
 
 
 def _prepare_settings(root: Path) -> None:
-    (root / "unknown.toml").write_text('[origin]\nstream = 8\nallow = ["s3://errors/"]\n')
+    (root / "unknown.toml").write_text('[origin]\nstream = 8\nallow = ["s3://fleet/errors/"]\n')
     (root / "broken.toml").write_text("store = \n")
     (root / "open.key").write_text(secrets.token_hex(32))
     (root / "open.key").chmod(0o644)
@@ -126,10 +126,10 @@ CASES = [
     Case("unknown scheme", 2, "SourceError", ("ftp://host/file", "unknown scheme", "s3://"), pull("ftp://host/file")),
     Case("no source", 2, "SourceError", ("model.safetensors", "unknown scheme"), pull("model.safetensors")),
     Case("missing bucket", 4, "SourceNotFound", ("s3://nowhere", "no such bucket"), pull("s3://nowhere/file")),
-    Case("missing key", 4, "SourceNotFound", ("s3://errors/missing", "neither"), pull("s3://errors/missing")),
+    Case("missing key", 4, "SourceNotFound", ("s3://fleet/errors/missing", "neither"), pull("s3://fleet/errors/missing")),
     Case(
-        "wrong credentials", 5, "SourceDenied", ("s3://errors/file.safetensors", "403", "AWS_SECRET_ACCESS_KEY"),
-        pull("s3://errors/file.safetensors", "denied"),
+        "wrong credentials", 5, "SourceDenied", ("s3://fleet/errors/file.safetensors", "403", "AWS_SECRET_ACCESS_KEY"),
+        pull("s3://fleet/errors/file.safetensors", "denied"),
     ),
     Case("gated repository", 5, "SourceDenied", ("hf://org/gated", "HF_TOKEN", "accept"), pull(PRIVATE)),
     Case(
@@ -139,8 +139,8 @@ CASES = [
     Case("missing file", 4, "SourceNotFound", ("no such file",), pull("file://{shelf}/missing.safetensors")),
     Case("file elsewhere", 5, "SourceDenied", ("/etc/hostname", "origin.file_roots"), pull("file:///etc/hostname")),
     Case(
-        "nothing to show the path of", 4, "UnknownBlob", ("s3://errors/missing", "weightcache pull"),
-        lambda world: ["path", "s3://errors/missing", *where(world.host)],
+        "nothing to show the path of", 4, "UnknownBlob", ("s3://fleet/errors/missing", "weightcache pull"),
+        lambda world: ["path", "s3://fleet/errors/missing", *where(world.host)],
     ),
     Case(
         "no daemon", 10, "DaemonError", ("no daemon answers", "weightcache daemon"),
@@ -211,7 +211,7 @@ def test_an_error_is_one_line_that_helps(world: World, case: Case) -> None:
 
 def test_errors_lose_nothing(world: World) -> None:
     """After all of the above: what was here still is, and loads without its origin."""
-    report = world.host.pull("s3://errors/file.safetensors")
+    report = world.host.pull("s3://fleet/errors/file.safetensors")
     assert read(report) == tensors(12, MIB)
     assert report["bytes_by_source"]["origin"] == 0
 
@@ -243,30 +243,30 @@ def failed_pull(host: Daemon, source: str) -> tuple[str, Json]:
 
 def test_a_full_disk_is_told_before_the_first_byte(s3: S3Server, tmp_path: Path) -> None:
     small, large = tensors(8, MIB, seed=1), tensors(40, MIB, seed=2)
-    s3.put("errors", "small.safetensors", small)
-    s3.put("errors", "large.safetensors", large)
+    s3.put("fleet", "errors/small.safetensors", small)
+    s3.put("fleet", "errors/large.safetensors", large)
     with small_disk(tmp_path / "disk", 48 * MIB) as disk, Daemon(disk, env=s3.env()) as host, host.client() as client:
-        assert read(client.pull("s3://errors/small.safetensors")) == small
-        client.pin(["s3://errors/small.safetensors"])
+        assert read(client.pull("s3://fleet/errors/small.safetensors")) == small
+        client.pin(["s3://fleet/errors/small.safetensors"])
         s3.proxy.reset_counts()
-        line, told = failed_pull(host, "s3://errors/large.safetensors")
+        line, told = failed_pull(host, "s3://fleet/errors/large.safetensors")
         assert "no room for large.safetensors" in line
         assert str(host.store) in line
         assert "free disk space" in line
         assert "1 pinned" in line
         assert told["error"] == "StoreFull"
-        assert told["source"] == "s3://errors/large.safetensors"
+        assert told["source"] == "s3://fleet/errors/large.safetensors"
         assert s3.proxy.egress < MIB  # its header
-        report = client.pull("s3://errors/small.safetensors")
+        report = client.pull("s3://fleet/errors/small.safetensors")
         assert read(report) == small
         assert report["bytes_by_source"]["local"] == len(small)
         assert len(client.ls()["blobs"]) == 1
 
 
 def test_a_capacity_that_is_too_small(s3: S3Server, tmp_path: Path) -> None:
-    s3.put("errors", "file.safetensors", tensors(12, MIB))
+    s3.put("fleet", "errors/file.safetensors", tensors(12, MIB))
     with Daemon(tmp_path / "host", "--capacity=5MB", env=s3.env()) as host:
-        line, told = failed_pull(host, "s3://errors/file.safetensors")
+        line, told = failed_pull(host, "s3://fleet/errors/file.safetensors")
         assert "under a capacity of 5,000,000" in line
         assert "raise the capacity" in line
         assert told["error"] == "StoreFull"
@@ -279,7 +279,7 @@ def test_a_capacity_that_is_too_small(s3: S3Server, tmp_path: Path) -> None:
 
 def test_a_wrong_cluster_key_is_told_and_the_origin_serves(s3: S3Server, tmp_path: Path) -> None:
     data = tensors(3, MIB, seed=3)
-    s3.put("errors", "keyed.safetensors", data)
+    s3.put("fleet", "errors/keyed.safetensors", data)
     options = []
     for name in ("one", "two"):
         (tmp_path / name).touch(mode=0o600)
@@ -288,12 +288,12 @@ def test_a_wrong_cluster_key_is_told_and_the_origin_serves(s3: S3Server, tmp_pat
     first = Daemon(tmp_path / "first", options[0], env=s3.env())
     second = Daemon(tmp_path / "second", options[1], env=s3.env(), peers=(first,))
     with first, second, second.client() as client:
-        first.pull("s3://errors/keyed.safetensors")
+        first.pull("s3://fleet/errors/keyed.safetensors")
         (row,) = wait_until(client.peers, 10, "the peer to be refused")
         assert row["address"] == first.address
         assert row["state"] == "unreachable"
         assert "its cluster key is another" in row["why"]
-        report = client.pull("s3://errors/keyed.safetensors")
+        report = client.pull("s3://fleet/errors/keyed.safetensors")
         assert read(report) == data
         assert report["bytes_by_source"] == {"local": 0, "peer": {}, "origin": len(data)}
         shown = cli("peers", *where(second))
@@ -325,13 +325,13 @@ def test_a_file_that_is_not_safetensors_fails_as_safetensors_itself_does(
     with pytest.raises(SafetensorError) as expected:
         safetensors.torch.load_file(original)
     name = f"{broken.replace(' ', '-')}.safetensors"
-    s3.put("errors", name, original)
+    s3.put("fleet", f"errors/{name}", original)
     for variable, value in world.host.worker_env.items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(SafetensorError) as failure:
-        load_file(f"s3://errors/{name}")
+        load_file(f"s3://fleet/errors/{name}")
     assert str(failure.value) == str(expected.value)
-    assert read(world.host.pull(f"s3://errors/{name}")) == BROKEN[broken]
+    assert read(world.host.pull(f"s3://fleet/errors/{name}")) == BROKEN[broken]
 
 
 def test_root_is_not_needed(world: World) -> None:

@@ -69,8 +69,8 @@ class Cluster:
 def cluster(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     root, key = tmp_path_factory.mktemp("cluster"), secrets.token_hex(32)
     file = key_file(root / "key", key)
-    data, source = tensors(4, MIB, seed=99), "s3://security/file.safetensors"
-    s3_server.put("security", "file.safetensors", data)
+    data, source = tensors(4, MIB, seed=99), "s3://fleet/security/file.safetensors"
+    s3_server.put("fleet", "security/file.safetensors", data)
     options = ("--advertise=127.0.0.1", f"--cluster-key-file={file}", "--log-level=debug")
     first = Daemon(root / "first", *options, interface="0.0.0.0", env=s3_server.env())
     second = Daemon(root / "second", *options, interface="0.0.0.0", env=s3_server.env(), peers=(first,))
@@ -276,7 +276,7 @@ def test_local_files_stay_local(s3: S3Server, tmp_path: Path) -> None:
         assert peer.call(host, "find", source) is None
         assert everything_told(peer, host, blob) == (None, None, [Kind.NO, 1, "unknown", 0])
         assert peer.call(host, "find", f"file://{tmp_path}/shelf") is None
-        assert peer.call(host, "find", "s3://security/file.safetensors") is None
+        assert peer.call(host, "find", "s3://fleet/security/file.safetensors") is None
         assert s3.proxy.requests == 0  # a peer's question makes no host go and look
 
 
