@@ -7,7 +7,7 @@ TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak clean build/typed
+.PHONY: help demo test check bench clean build/typed
 
 help: ## say what there is to make
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -25,9 +25,6 @@ check: .venv/test.stamp build/typed ## lint, format and types, over the whole tr
 
 bench: .venv/bench.stamp ## measure, beside others and the limit; the results go to bench/out
 	$(BIN)/python -m bench $(ARGS)
-
-soak: .venv/test.stamp ## load, kill and corrupt for a long time, from a seed
-	$(BIN)/python -m bench.soak $(ARGS)
 
 clean: ## remove what was made, .venv too
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -246,9 +246,7 @@ class Config:
         default=None,
         metadata=_about(_optional(_path), "file with the cluster's secret; without one nothing but loopback is served"),
     )
-    datacenter: str = field(
-        default="default", metadata=_about(_label, "datacenter this host states to its peers")
-    )
+    datacenter: str = field(default="default", metadata=_about(_label, "datacenter this host states to its peers"))
     capacity: int | None = field(
         default=None,
         metadata=_about(_optional(_size), "bytes the store may take: 200GB, 1.5TiB; default: what the disk has"),
