@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -121,16 +122,29 @@ def dirty_room(folder: Path) -> int:
     return min(slowed * os.sysconf("SC_PAGE_SIZE") // 4, free // 4)
 
 
-def take_turns(contenders: Sequence[Contender], rounds: int) -> list[Tally]:
-    """Let each contender warm up once, then have turns until ``rounds`` of them were quiet, or there were many."""
+def touch(folder: Path, size: int) -> None:
+    """Have the kernel's free memory hold ``size`` bytes that were in use just now.
+
+    Under a hypervisor, memory that this machine has not used for long is not there: its first use takes five times as
+    long, and would be the page cache's in some turns and not in others.
+    """
+    block = bytes(1 << 20)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(0, size, len(block)):
+            file.write(block)
+
+
+def take_turns(contenders: Sequence[Contender], run: Run) -> list[Tally]:
+    """Let each contender warm up once, then have turns until enough of them were quiet, or there were many."""
     tallies = [Tally() for _ in contenders]
-    for number in range(MOST * rounds + 1):
+    for number in range(MOST * run.rounds + 1):
         for contender, tally in zip(contenders, tallies, strict=True):
-            if tally.enough(rounds):
+            if tally.enough(run.rounds):
                 continue
             try:
                 contender.clear()
                 contender.prepare()
+                touch(run.folder, contender.size)
                 drain()
                 (_turn if number else _warm_up)(contender, tally)
             except (
@@ -162,7 +176,7 @@ def _turn(contender: Contender, tally: Tally) -> None:
 
 def compare(name: str, title: str, about: str, contenders: Sequence[Contender], run: Run) -> Table:
     """Let contenders take turns; ratios are to the first."""
-    tallies = take_turns(contenders, run.rounds)
+    tallies = take_turns(contenders, run)
     if tallies[0].failed:
         raise SystemExit(f"{contenders[0].name}: {tallies[0].failed}")
     counted = [turn for tally in tallies for turn in tally.counted(run.rounds)]
