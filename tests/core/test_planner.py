@@ -33,6 +33,8 @@ from weightcache.core.events import (
     PeerHas,
     PeerLeft,
     PeerPardoned,
+    PeerQuits,
+    PeerReads,
     Reach,
     Tick,
     Wake,
@@ -74,6 +76,8 @@ def random_world(seed: int) -> World:
             if peer.present and draw.random() < 0.7:
                 whole = draw.random() < 0.4
                 world.has(peer, blob, None if whole else draw.sample(range(len(plan)), len(plan) // 3))
+            elif peer.present and draw.random() < 0.5:
+                world.reads(peer, blob, ())
 
     def something(blob: str) -> None:
         wanted = world.wanted.get(blob.encode())
@@ -94,6 +98,10 @@ def random_world(seed: int) -> World:
             world.pardon(peer)
         elif what < 0.5:
             peer.behaviour = draw.choice(BEHAVIOURS)
+        elif what < 0.6:
+            world.reads(peer, blob, draw.sample(range(len(wanted.plan)), len(wanted.plan) // 4))
+        elif what < 0.65:
+            world.feed(PeerQuits(peer.name, blob.encode()))
         elif len(wanted.plan):
             world.got(peer, blob, draw.sample(range(len(wanted.plan)), draw.randrange(len(wanted.plan))))
 
@@ -160,6 +168,8 @@ any_events = st.one_of(
     st.builds(LoadRemoved, blobs),
     st.builds(PeerHas, names, blobs, st.none() | chunk_sets | st.just(ChunkSet(CHUNKS + 9, [CHUNKS + 8]))),
     st.builds(PeerGot, names, blobs, chunks),
+    st.builds(PeerReads, names, blobs, chunks),
+    st.builds(PeerQuits, names, blobs),
     st.builds(PeerLeft, names),
     st.builds(PeerPardoned, names),
     st.builds(Got, st.integers(0, 40), st.integers(-1, CHUNKS)),
@@ -203,7 +213,7 @@ def test_any_events_in_any_order_leave_the_books_right(seed: int, events: list[t
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["learn", "gain", "lose", "lack"]), chunk_sets)))
 def test_a_load_knows_who_has_what(steps: list[tuple[int, str, ChunkSet]]) -> None:
     plan = ChunkPlan(CHUNKS, range(CHUNKS))
-    load = Load(b"", plan, 0, Reach.NONE, 1, (1 << CHUNKS) - 1, 0, CHUNKS, 0.0, [0] * CHUNKS)
+    load = Load.begin(LoadAdded(b"", plan, ChunkSet(CHUNKS), 0, Reach.NONE), b"me", 0.0)
     has: dict[int, set[int]] = {slot: set() for slot in range(4)}
     for slot, what, some in steps:
         if what == "lose":

@@ -34,6 +34,7 @@ from weightcache.core.events import (
     PeerHas,
     PeerLeft,
     PeerPardoned,
+    PeerReads,
     Reach,
     Tick,
     Via,
@@ -172,6 +173,10 @@ class World:
         fresh = tuple(chunks)
         peer.holds.setdefault(blob.encode(), set()).update(fresh)
         self.feed(PeerGot(peer.name, blob.encode(), fresh))
+
+    def reads(self, peer: Peer, blob: str, chunks: Iterable[int]) -> None:
+        """It loads the blob, too; but here nobody ever gets what he reads."""
+        self.feed(PeerReads(peer.name, blob.encode(), tuple(chunks)))
 
     def leave(self, peer: Peer) -> None:
         peer.present = False

@@ -152,12 +152,12 @@ class BadPeer:
                 return self._manifest(body)
         return None
 
-    def _state(self, name: bytes) -> bytes | bool | None:
+    def _state(self, name: bytes) -> list[Any] | None:
         blob = self._blobs.get(name)
         if blob is None:
             return None
         count = len(blob.manifest)
-        return ChunkSet(count, set(range(count)) - blob.holes).encode() if blob.holes else True
+        return [ChunkSet(count, set(range(count)) - blob.holes).encode() if blob.holes else True, None]
 
     def _manifest(self, name: bytes) -> bytes | None:
         blob = self._blobs.get(name)

@@ -56,7 +56,7 @@ Where = Peer | Via
 class LoadAdded:
     """This host wants ``blob``. ``local``: missing chunks whose bytes lie elsewhere on its disk.
 
-    ``holders``: what peers have of it, as ``PeerHas`` would say.
+    ``holders``: what peers have of it, as ``PeerHas`` would say; ``readers``: who loads it, too, as ``PeerReads``.
     """
 
     blob: bytes
@@ -67,6 +67,7 @@ class LoadAdded:
     attempts: int = 5
     local: Sequence[int] = ()
     holders: Sequence[tuple[Peer, ChunkSet | None]] = ()
+    readers: Sequence[tuple[Peer, Sequence[int]]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,23 @@ class PeerGot:
     peer: Peer
     blob: bytes
     chunks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReads:
+    """``peer`` loads ``blob``, too, and has begun to read these chunks from the origin (none: it merely loads)."""
+
+    peer: Peer
+    blob: bytes
+    chunks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PeerQuits:
+    """``peer`` loads ``blob`` no more. What it has of it, it still has."""
+
+    peer: Peer
+    blob: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +153,8 @@ class Tick:
     """The time of the last ``Wake`` has come."""
 
 
-Event = LoadAdded | LoadRemoved | PeerHas | PeerGot | PeerLeft | PeerPardoned | Got | Failed | Congested | Tick
+OfPeer = PeerHas | PeerGot | PeerReads | PeerQuits  # what one says of a blob
+Event = LoadAdded | LoadRemoved | OfPeer | PeerLeft | PeerPardoned | Got | Failed | Congested | Tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Self
 
 from weightcache.core.bitmap import ChunkSet
-from weightcache.core.events import Peer, Reach, Where
+from weightcache.core.events import LoadAdded, OfPeer, Peer, PeerGot, PeerHas, PeerQuits, PeerReads, Reach, Where
 from weightcache.core.ids import short
 from weightcache.core.layout import ChunkPlan
+from weightcache.core.turns import Turns
 
 NAMED = 3  # failed peers that a last word names
 
@@ -36,6 +38,7 @@ class Load:
     left: int  # how many are not had
     progressed: float  # when a chunk last arrived, or it was merely not this load's turn
     holders: list[int]  # of each chunk: the peers that have some, and it
+    turns: Turns
     held: int = 0  # chunks that have such holders
     partial: int = 0  # peers that have some
     complete: int = 0  # peers that have all
@@ -48,6 +51,35 @@ class Load:
     origin_failures: int = 0  # since it last delivered
     origin_error: tuple[str, str] = ("LoadFailed", "no origin can be read from here")
     failed: dict[Peer, str] = field(default_factory=dict)  # the last failure of each peer, latest last
+
+    @classmethod
+    def begin(cls, event: LoadAdded, me: Peer, now: float) -> Self:
+        """A load at its beginning, before any peer is known."""
+        count = len(event.plan)
+        missing = ((1 << count) - 1) & ~int.from_bytes(event.had.bits, "little")
+        local = missing & int.from_bytes(ChunkSet(count, event.local).bits, "little")
+        return cls(
+            event.blob, event.plan, event.rank, event.origin, event.attempts, missing, local,
+            left=missing.bit_count(), progressed=now, holders=[0] * count,
+            turns=Turns(me, event.blob, event.plan, event.origin),
+        )  # fmt: skip
+
+    def hear(self, slot: int, event: OfPeer, now: float) -> None:
+        """What a peer says of the blob. A set of chunks that does not fit is ignored."""
+        match event:
+            case PeerGot():
+                self.gain(slot, event.chunks)
+                self.turns.got(slot, event.chunks, now)
+            case PeerReads():
+                self.turns.join(slot, event.peer)
+                self.turns.reads(slot, event.chunks, now)
+            case PeerQuits():
+                self.turns.quit(slot)
+            case PeerHas(chunks=None):
+                self.learn(slot, ChunkSet(len(self.plan), full=True))
+                self.turns.quit(slot)
+            case PeerHas(chunks=ChunkSet() as chunks) if chunks.size == len(self.plan):
+                self.learn(slot, chunks)
 
     def length(self, chunk: int) -> int:
         return self.plan.span(chunk)[1]
@@ -80,6 +112,11 @@ class Load:
             self.partial ^= bit
             self._strike(bit, range(len(self.holders)))
 
+    def leave(self, slot: int) -> None:
+        """The peer is gone."""
+        self.lose(slot)
+        self.turns.quit(slot)
+
     def lack(self, slot: int, chunks: Iterable[int]) -> None:
         """The peer has not got these chunks, whatever it said."""
         bit = 1 << slot
@@ -95,6 +132,13 @@ class Load:
                 if not self.holders[chunk]:
                     self.held ^= 1 << chunk
 
+    def origin_gave(self, request: Request, now: float) -> None:
+        """The origin has brought a chunk that ``request`` still awaits."""
+        self.origin_failures = 0
+        self.origin_rests_until = min(self.origin_rests_until, now)
+        if len(request.pending) == 1:
+            self.turns.took(now - request.sent)
+
     def fail_reads(self, chunks: Iterable[int]) -> None:
         """The origin did not give these chunks; what it failed ``attempts`` times it is not asked for again."""
         for chunk in chunks:
@@ -103,9 +147,8 @@ class Load:
             if self.tries[chunk] >= self.attempts:
                 self.spent |= 1 << chunk
 
-    def run(self, chunk: int, usable: int, limit: int) -> list[int]:
-        """``chunk`` and the neighbours behind it that none of the ``usable`` peers has, up to ``limit`` bytes."""
-        wanted = self.missing & ~self.local & ~self.spent
+    def run(self, chunk: int, wanted: int, usable: int, limit: int) -> list[int]:
+        """``chunk`` and the ``wanted`` neighbours behind it that no ``usable`` peer has, up to ``limit`` bytes."""
         run, size = [chunk], self.length(chunk)
         for following in range(chunk + 1, len(self.plan)):
             size += self.length(following)

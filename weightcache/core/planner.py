@@ -6,7 +6,8 @@ and draws only from its own seeded generator, so the daemon and a simulator run 
 A *load* is one blob that this host wants. Its missing chunks are taken from random places (a swarm that wants
 everything in one order has one queue); loads are served by rank (small files, then text encoders, denoisers, the rest),
 and equals take turns. A chunk comes, in this order, from this host's own disk, from a peer that has it, from the
-origin. The origin is asked only when no usable peer has the chunk: one that is merely busy is waited for. Among holders
+origin. The origin is asked only when no usable peer has the chunk: one that is merely busy is waited for; and of what
+the whole swarm lacks, each member reads its share (turns.py). Among holders
 one is sampled in proportion to rate / (bytes owed + length): never the best one, which all would pick.
 
 Failures route by kind. A peer that failed rests for a growing while, then proves itself with one chunk; one that lied
@@ -25,7 +26,6 @@ import random
 from collections import deque
 from itertools import islice
 
-from weightcache.core.bitmap import ChunkSet
 from weightcache.core.bits import members, members_from_anywhere
 from weightcache.core.events import (
     LIES,
@@ -42,11 +42,14 @@ from weightcache.core.events import (
     Kind,
     LoadAdded,
     LoadRemoved,
+    OfPeer,
     Peer,
     PeerGot,
     PeerHas,
     PeerLeft,
     PeerPardoned,
+    PeerQuits,
+    PeerReads,
     Reach,
     Tick,
     Via,
@@ -57,8 +60,8 @@ from weightcache.core.layout import CHUNK
 from weightcache.core.loads import Load, Request
 from weightcache.core.pace import Pace
 from weightcache.core.peers import NEVER, Peers, PeerState
+from weightcache.core.turns import ORIGIN_READ
 
-ORIGIN_READ = CHUNK  # bytes of one ranged read: a chunk, or a run of smaller neighbours
 HOST_BYTES = 256 << 20  # peers that together owe this much are asked for no more
 LOCAL_CHUNKS = 4  # copies from this host's own disk at once
 SOFT_DEADLINE, LONGEST_SOFT = 2.0, 30.0  # seconds beyond four times the expected time until a request is hedged
@@ -76,11 +79,18 @@ CHUNKS_SEEN, LOADS_SEEN, LATE_SEEN = 16, 8, 4  # looked at in vain before a turn
 
 
 class Planner:
-    """Decides for one host. ``streams``: reads in flight to origins; rates: bytes/s asked of either (None: no cap)."""
+    """Decides for the host named ``me``, as its peers know it. ``streams``: reads in flight to origins; rates: bytes/s
+    asked of either (None: no cap)."""
 
     def __init__(
-        self, seed: int, streams: int = 8, peer_rate: float | None = None, origin_rate: float | None = None
+        self,
+        seed: int,
+        streams: int = 8,
+        peer_rate: float | None = None,
+        origin_rate: float | None = None,
+        me: Peer = b"",
     ) -> None:
+        self._me = me
         self._random = random.Random(seed)
         self._streams = streams
         self._peer_pace, self._origin_pace = Pace(peer_rate), Pace(origin_rate)
@@ -111,8 +121,8 @@ class Planner:
                 self._got(event, now)
             case Failed():
                 self._failed(event, now)
-            case PeerGot() | PeerHas():
-                self._peer_has(event, now)
+            case PeerGot() | PeerHas() | PeerReads() | PeerQuits():
+                self._hear(event, now)
             case PeerLeft():
                 self._peer_left(event, now)
             case PeerPardoned():
@@ -150,13 +160,7 @@ class Planner:
     def _added(self, event: LoadAdded, now: float) -> None:
         if event.blob in self._loads:
             return
-        count = len(event.plan)
-        missing = ((1 << count) - 1) & ~int.from_bytes(event.had.bits, "little")
-        local = missing & int.from_bytes(ChunkSet(count, event.local).bits, "little")
-        load = Load(
-            event.blob, event.plan, event.rank, event.origin, event.attempts, missing, local,
-            left=missing.bit_count(), progressed=now, holders=[0] * count,
-        )  # fmt: skip
+        load = Load.begin(event, self._me, now)
         if not load.left:
             self._out.append(Done(load.blob))
             return
@@ -164,7 +168,9 @@ class Planner:
         self._queues.setdefault(event.rank, deque()).appendleft(load)
         self._queues = dict(sorted(self._queues.items()))
         for peer, chunks in event.holders:
-            self._peer_has(PeerHas(peer, event.blob, chunks), now)
+            self._hear(PeerHas(peer, event.blob, chunks), now)
+        for peer, reads in event.readers:
+            self._hear(PeerReads(peer, event.blob, reads), now)
 
     def _remove(self, blob: bytes, now: float) -> None:
         load = self._loads.pop(blob, None)
@@ -176,17 +182,10 @@ class Planner:
         for number in sorted({number for flights in load.flights.values() for number in flights}):
             self._cancel(number, load, now)
 
-    def _peer_has(self, event: PeerHas | PeerGot, now: float) -> None:
+    def _hear(self, event: OfPeer, now: float) -> None:
         load = self._loads.get(event.blob)
-        if load is None:
-            return
-        slot = self._peers.meet(event.peer, now).slot
-        if isinstance(event, PeerGot):
-            load.gain(slot, event.chunks)
-        elif event.chunks is None:
-            load.learn(slot, ChunkSet(len(load.plan), full=True))
-        elif event.chunks.size == len(load.plan):
-            load.learn(slot, event.chunks)
+        if load is not None:
+            load.hear(self._peers.meet(event.peer, now).slot, event, now)
 
     def _peer_left(self, event: PeerLeft, now: float) -> None:
         peer = self._peers.get(event.peer)
@@ -194,7 +193,7 @@ class Planner:
             return
         self._abandon(peer, now)
         for load in self._loads.values():
-            load.lose(peer.slot)
+            load.leave(peer.slot)
         self._peers.leave(peer, now)
 
     # -- what came of a request
@@ -205,8 +204,7 @@ class Planner:
             return
         load = self._loads[request.blob]
         if request.via is Via.ORIGIN:
-            load.origin_failures = 0
-            load.origin_rests_until = min(load.origin_rests_until, now)
+            load.origin_gave(request, now)
         load.left -= 1
         load.progressed = self._arrived = now
         for number in list(load.flights[event.chunk]):  # the hedge that lost, too
@@ -455,28 +453,30 @@ class Planner:
                     return True
         usable = peers.open | peers.busy
         if not load.complete & usable and self._origin_open(load, now):
-            wanted &= ~load.spent
-            left_alone = wanted & load.held if load.partial & ~usable else 0
+            look, left_alone = load.turns.look, wanted & load.held if load.partial & ~usable else 0
+            wanted = load.turns.mine(wanted & ~load.spent, wanted & ~load.held | left_alone, usable, now)
+            if load.turns.look != look:
+                heapq.heappush(self._pauses, load.turns.look)
             # What failed is tried again in order: soon it is known whether it can be had at all.
-            turns = [members(wanted & load.tried)]
-            turns += [members_from_anywhere(some, self._random) for some in (wanted & ~load.held, left_alone)]
-            for turn in turns:
-                for chunk in islice(turn, seen):
+            orders = [members(wanted & load.tried)]
+            orders += [members_from_anywhere(wanted & some, self._random) for some in (~load.held, left_alone)]
+            for order in orders:
+                for chunk in islice(order, seen):
                     if not load.holders[chunk] & usable:
-                        self._ask(load, Via.ORIGIN, self._run(load, chunk), now)
+                        self._ask(load, Via.ORIGIN, self._run(load, chunk, wanted), now)
                         return True
         return False
 
     def _origin_open(self, load: Load, now: float) -> bool:
-        at_once = 1 if load.origin is Reach.STREAM or load.origin_failures else self._streams
+        at_once = 1 if load.origin_failures else load.turns.at_once(self._streams)
         free = load.reading < at_once and self._reading < self._streams and self._origin_pace.open(now)
         return load.origin is not Reach.NONE and free and now >= load.origin_rests_until
 
-    def _run(self, load: Load, chunk: int) -> list[int]:
+    def _run(self, load: Load, chunk: int, wanted: int) -> list[int]:
         """``chunk`` and the neighbours behind it that only the origin has, as far as one read goes."""
         if load.origin is Reach.STREAM:  # all of it passes by anyway
             return list(members(load.missing & ~load.local))
-        return load.run(chunk, self._peers.open | self._peers.busy, ORIGIN_READ)
+        return load.run(chunk, wanted, self._peers.open | self._peers.busy, ORIGIN_READ)
 
     def _check_stuck(self, load: Load, now: float) -> None:
         """End ``load`` if nothing can be expected any more."""
@@ -489,7 +489,7 @@ class Planner:
             stuck = not load.reading and now >= load.progressed + LONGEST_STALL
         elif not spent:
             return
-        elif load.origin is not Reach.NONE and not load.complete and spent & ~load.held:
+        elif load.origin is not Reach.NONE and not (load.complete or load.turns.shared) and spent & ~load.held:
             stuck = True  # the origin was the last who had it
         else:
             able = self._peers.open | (self._peers.busy & self._peers.owing)

@@ -9,12 +9,13 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from weightcache.core.layout import MAX_CHUNKS
 from weightcache.core.manifest import Manifest, decode_manifest
 from weightcache.core.snapshot import FileEntry
 from weightcache.errors import FormatError
 from weightcache.node.calls import OriginCalls
 from weightcache.node.compare import contradiction
-from weightcache.node.swarm import Peer, Swarm
+from weightcache.node.swarm import Peer, State, Swarm
 from weightcache.node.transfers import Incoming, Transfers
 from weightcache.node.trust import Trust
 from weightcache.store import Store
@@ -26,8 +27,6 @@ SMALL = 1 << 20  # bytes: such files go ahead of all others
 # In the order of their use by a pipeline: what is needed first comes first.
 _RANKS = (("text_encoder", 1), ("tokenizer", 1), ("image_encoder", 1), ("vae", 3))
 _USUAL = 2
-
-State = bytes | bool
 
 
 def rank(entry: FileEntry) -> int:
@@ -78,6 +77,9 @@ class Blobs:
         if over:
             self._swarm.unwant(over)
 
+    def wants(self, blob: bytes) -> bool:
+        return blob in self._wanting
+
     def peer_joined(self, peer: Peer) -> None:
         if self._wanting:
             asking = asyncio.ensure_future(self._swarm.want(list(self._wanting), [peer]))
@@ -95,19 +97,44 @@ class Blobs:
         self._transfers.peer_left(peer)
 
     def peer_state(self, peer: Peer, blob: bytes, state: State | None) -> None:
-        """All that a peer has of a blob now. A set that does not fit the blob is ignored, and logged."""
-        states = self._states.get(blob)
-        if states is None or peer.bulk is None or self._trust.is_liar(peer.id):
+        """What a peer has of a blob now (None: nothing). A set that does not fit the blob is ignored, and logged."""
+        if not self._listens(peer, blob):
             return
+        states = self._states[blob]
         if state is None:
             states.pop(peer.id, None)
         else:
+            if (before := states.get(peer.id)) is not None:  # some of it while this answer was on its way
+                state.got += before.got
+                if state.reads is not None:
+                    state.reads += before.reads or []
             states[peer.id] = state
-        self._transfers.peer_has(peer.id, blob, state)
+        self._transfers.peer_state(peer.id, blob, state)
 
     def peer_got(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None:
-        if blob in self._states and peer.bulk is not None and not self._trust.is_liar(peer.id):
+        if self._listens(peer, blob):
+            if self._transfers.incoming(blob) is None:  # not yet: it will want to know
+                _keep(self._states[blob].setdefault(peer.id, State()).got, chunks)
             self._transfers.peer_got(peer.id, blob, chunks)
+
+    def peer_reads(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None:
+        """A peer loads a blob, and has begun to read these chunks from the origin."""
+        if self._listens(peer, blob):
+            state = self._states[blob].setdefault(peer.id, State())
+            state.reads = state.reads or []
+            if self._transfers.incoming(blob) is None:
+                _keep(state.reads, chunks)
+            self._transfers.peer_reads(peer.id, blob, chunks)
+
+    def peer_quits(self, peer: Peer, blob: bytes) -> None:
+        """It does not load it any more; what it has it still has."""
+        if self._listens(peer, blob) and peer.id in self._states[blob]:
+            self._states[blob][peer.id].reads = None
+            self._transfers.peer_quits(peer.id, blob)
+
+    def _listens(self, peer: Peer, blob: bytes) -> bool:
+        """Whether it matters here what a peer says of a blob."""
+        return blob in self._states and peer.bulk is not None and not self._trust.is_liar(peer.id)
 
     # -- bringing one
 
@@ -175,7 +202,7 @@ class Blobs:
     async def _manifest_of_peers(self, entry: FileEntry) -> tuple[Manifest | None, bytes | None]:
         """A manifest that fits the file, from a peer that has it all or, failing that, some of it."""
         states = self._states.get(entry.blob, {})
-        holders = sorted(states, key=lambda peer: states[peer] is not True)
+        holders = sorted((peer for peer in states if states[peer].has), key=lambda peer: states[peer].has is not True)
         for peer_id in holders[:MANIFEST_PEERS]:
             peer = self._swarm.peers.get(peer_id)
             if peer is None or self._trust.rest(peer_id):
@@ -215,3 +242,9 @@ class Blobs:
                 self._store.release(entry.blob)
         finally:
             self.unwant([entry.blob])
+
+
+def _keep(kept: list[int], chunks: Sequence[int]) -> None:
+    """As long as nobody repeats himself without end."""
+    if len(kept) + len(chunks) <= MAX_CHUNKS:
+        kept.extend(chunks)

@@ -65,7 +65,7 @@ class Node:
         self._reader = BulkProcess("origin", origin, self._heard_reader, self._reader_died)
         self._calls = OriginCalls(self._reader, config.origin.attempts)
         self.transfers = Transfers(
-            self.store, self._receiver, self._reader, config, self._had, self.swarm.peers, self.trust
+            self.store, self._receiver, self._reader, config, self._had, self._reads, self.swarm.peers, self.trust
         )
         self.blobs = Blobs(self.store, self.swarm, self._calls, self.transfers, self.trust)
         self.resolver = Resolver(self.store, self.swarm, self._calls, self.trust, policy.admit, config.fresh)
@@ -140,6 +140,10 @@ class Node:
         else:
             self.swarm.announce(coming.blob, chunk)
 
+    def _reads(self, coming: Incoming, chunks: Sequence[int]) -> None:
+        """Reading from the origin has begun: peers need not do the same."""
+        self.swarm.announce_reads(coming.blob, chunks)
+
     # -- what the swarm asks of this host (Shelf)
 
     def find(self, source: str) -> bytes | None:
@@ -147,14 +151,19 @@ class Node:
         snapshot = self.store.find_snapshot(parsed) if is_shared(parsed) else None
         return encode_snapshot(snapshot) if snapshot is not None else None
 
-    def state(self, blob: bytes) -> State:
+    def state(self, blob: bytes) -> State | None:
         info = self.store.info(blob)
-        if info is None or info.suspect or info.private or not self._serve:
+        if not self._serve or (info is not None and info.private):
             return None
-        return True if info.state == "complete" else self.store.had(blob)
+        reads = self.transfers.reading(blob) if self.blobs.wants(blob) else None
+        if info is None or info.suspect:
+            return State(reads=reads) if reads is not None else None
+        return State(True) if info.state == "complete" else State(self.store.had(blob).encode(), reads)
 
     def manifest(self, blob: bytes) -> bytes | None:
-        manifest = self.store.manifest(blob) if self.state(blob) is not None else None
+        info = self.store.info(blob)
+        told = self._serve and info is not None and not info.suspect and not info.private
+        manifest = self.store.manifest(blob) if told else None
         return encode_manifest(manifest) if manifest is not None else None
 
     def peer_joined(self, peer: Peer) -> None:
@@ -163,11 +172,17 @@ class Node:
     def peer_left(self, peer: Peer) -> None:
         self.blobs.peer_left(peer)
 
-    def peer_state(self, peer: Peer, blob: bytes, state: bytes | bool | None) -> None:
+    def peer_state(self, peer: Peer, blob: bytes, state: State | None) -> None:
         self.blobs.peer_state(peer, blob, state)
 
     def peer_got(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None:
         self.blobs.peer_got(peer, blob, chunks)
+
+    def peer_reads(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None:
+        self.blobs.peer_reads(peer, blob, chunks)
+
+    def peer_quits(self, peer: Peer, blob: bytes) -> None:
+        self.blobs.peer_quits(peer, blob)
 
     # -- what clients ask of this host
 

@@ -2,12 +2,15 @@
 
 One authenticated control connection a pair of hosts, used from both ends. A host that loads a blob says ``want`` to its
 peers; each answers what it has and, from then on, announces what it gets, in batches, until ``unwant``. So news of a
-chunk costs one small message a batch and listener, and nobody hears of blobs that it does not load.
+chunk costs one small message a batch and listener, and nobody hears of blobs that it does not load. Who says ``want``
+is thereby known to load the blob itself; such peers tell each other what they read from the origin, before it comes.
 
     call   find SOURCE         -> the newest snapshot this host knows of it, or nil
-    call   want [BLOB, ...]    -> for each: nil (nothing), true (complete), or the set of chunks it has
+    call   want [BLOB, ...]    -> for each: nil (nothing), or [what it has: true (all) or a set of chunks,
+                                  chunks it reads from the origin now, or nil: it does not load the blob]
     call   manifest BLOB       -> the manifest, or nil
-    notify unwant [BLOB, ...]; got [BLOB, [chunk, ...]]; has BLOB (now complete); gone BLOB (evicted)
+    notify unwant [BLOB, ...]; has BLOB (now complete); gone BLOB (evicted)
+           got [BLOB, [chunk, ...]]; reads [BLOB, [chunk, ...]] (begun)
 """
 
 from __future__ import annotations
@@ -17,13 +20,12 @@ import functools
 import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import msgpack
 
 from weightcache.config import Address, parse_address
-from weightcache.core.bitmap import ChunkSet
 from weightcache.core.ids import ID_BYTES
 from weightcache.core.layout import MAX_CHUNKS
 from weightcache.core.source import MAX_SOURCE
@@ -43,8 +45,21 @@ MANIFEST_SECONDS = 5.0
 ASKED = 8  # peers that are asked about a source
 MAX_WANTED = 4096  # blobs in one message
 
-State = ChunkSet | bool | None  # some, all, or nothing of a blob
 Body = Any
+
+
+@dataclass(slots=True)
+class State:
+    """What a host has of a blob, as it states it. ``has``: all (True), or an encoded chunk set; empty when it has none
+    and knows no plan yet. ``reads``: chunks on their way to it from the origin; None: it does not load the blob.
+    ``got``: what it told since."""
+
+    has: bytes | bool = b""
+    reads: list[int] | None = None
+    got: list[int] = field(default_factory=list)
+
+    def encode(self) -> list[Any]:
+        return [self.has, self.reads]
 
 
 class Shelf(Protocol):
@@ -53,7 +68,7 @@ class Shelf(Protocol):
     def find(self, source: str) -> bytes | None:
         """The newest snapshot known of a source, encoded."""
 
-    def state(self, blob: bytes) -> State: ...
+    def state(self, blob: bytes) -> State | None: ...
 
     def manifest(self, blob: bytes) -> bytes | None: ...
 
@@ -61,10 +76,16 @@ class Shelf(Protocol):
 
     def peer_left(self, peer: Peer) -> None: ...
 
-    def peer_state(self, peer: Peer, blob: bytes, state: bytes | bool | None) -> None:
-        """All that a peer has of a blob; bytes are an encoded chunk set, unchecked."""
+    def peer_state(self, peer: Peer, blob: bytes, state: State | None) -> None:
+        """What a peer has of a blob (None: nothing); chunks and their set are unchecked."""
 
     def peer_got(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None: ...
+
+    def peer_reads(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None:
+        """A peer loads a blob, and has begun to read these chunks of it from the origin."""
+
+    def peer_quits(self, peer: Peer, blob: bytes) -> None:
+        """It does not load it any more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -258,21 +279,25 @@ class Swarm:
                 if peer is not None:
                     for blob in blobs:
                         self._wanted.setdefault(blob, set()).add(peer.id)
+                        self._shelf.peer_reads(peer, blob, [])
                 states = [self._shelf.state(blob) for blob in blobs]
-                return [state.encode() if isinstance(state, ChunkSet) else state for state in states]
+                return [state.encode() if state is not None else None for state in states]
             case "manifest", bytes():
                 return self._shelf.manifest(_blob(body))
             case "unwant", list():
                 for item in body:
                     self._unwant(_blob(item), connection.peer_id)
-            case "got", [bytes() as blob, list() as chunks] if len(chunks) <= MAX_CHUNKS:
-                if not all(type(chunk) is int for chunk in chunks):
+                    if peer is not None:
+                        self._shelf.peer_quits(peer, item)
+            case "got" | "reads", [bytes() as blob, list() as chunks] if len(chunks) <= MAX_CHUNKS:
+                if not _are_chunks(chunks):
                     raise ProtocolError("a chunk's index is no integer")
                 if peer is not None:
-                    self._shelf.peer_got(peer, _blob(blob), chunks)
+                    tell = self._shelf.peer_got if kind == "got" else self._shelf.peer_reads
+                    tell(peer, _blob(blob), chunks)
             case "has", bytes():
                 if peer is not None:
-                    self._shelf.peer_state(peer, _blob(body), True)
+                    self._shelf.peer_state(peer, _blob(body), State(True))
             case "gone", bytes():
                 if peer is not None:
                     self._shelf.peer_state(peer, _blob(body), None)
@@ -305,7 +330,7 @@ class Swarm:
                 states = await self._ask(peer, "want", part, functools.partial(_are_states, len(part)))
                 for blob, state in zip(part, states or (), strict=False):
                     if state is not None:
-                        self._shelf.peer_state(peer, blob, state)
+                        self._shelf.peer_state(peer, blob, State(*state))
 
         await asyncio.gather(*(ask(peer) for peer in (self._askable() if peers is None else peers)))
 
@@ -342,6 +367,10 @@ class Swarm:
             if self._flush is None:
                 self._flush = asyncio.get_running_loop().call_later(ANNOUNCE_SECONDS, self._tell)
 
+    def announce_reads(self, blob: bytes, chunks: Sequence[int]) -> None:
+        """Tell who wants it what this host has begun to read: at once, before somebody else does."""
+        self._notify(blob, "reads", [blob, chunks])
+
     def announce_state(self, blob: bytes, *, has: bool) -> None:
         """Tell who wants it that this host has all of a blob, or nothing any more."""
         self._news.pop(blob, None)
@@ -365,7 +394,18 @@ def _is_bytes(answer: Body) -> bool:
 
 def _are_states(count: int, answer: Body) -> bool:
     whole = isinstance(answer, list) and len(answer) == count
-    return whole and all(state is None or state is True or isinstance(state, bytes) for state in answer)
+    return whole and all(state is None or _is_state(state) for state in answer)
+
+
+def _is_state(answer: Body) -> bool:
+    match answer:
+        case [True | bytes(), None | list() as reads]:
+            return reads is None or (len(reads) <= MAX_CHUNKS and _are_chunks(reads))
+    return False
+
+
+def _are_chunks(items: list[Any]) -> bool:
+    return all(type(item) is int for item in items)
 
 
 def _blob(item: Body) -> bytes:

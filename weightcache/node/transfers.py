@@ -37,6 +37,8 @@ from weightcache.core.events import (
     PeerHas,
     PeerLeft,
     PeerPardoned,
+    PeerQuits,
+    PeerReads,
     Reach,
     Tick,
     Via,
@@ -51,7 +53,7 @@ from weightcache.errors import BlobCorrupt, FormatError, WeightcacheError, from_
 from weightcache.log import fields
 from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
-from weightcache.node.swarm import Peer
+from weightcache.node.swarm import Peer, State
 from weightcache.node.trust import Trust
 from weightcache.store import Flusher, Store, default_budget
 
@@ -96,6 +98,7 @@ class Transfers:
         reader: BulkProcess,
         config: Config,
         had: Callable[[Incoming, int, bytes], None],
+        reads: Callable[[Incoming, Sequence[int]], None],
         peers: dict[bytes, Peer],
         trust: Trust,
     ) -> None:
@@ -103,10 +106,11 @@ class Transfers:
         self._processes = {"recv": receiver, "origin": reader}
         self._attempts = config.origin.attempts
         self._had = had
+        self._reads = reads
         self._peers = peers
         self._trust = trust
         self._planner = Planner(
-            secrets.randbits(64), config.origin.streams, config.peer_bandwidth, config.origin.bandwidth
+            secrets.randbits(64), config.origin.streams, config.peer_bandwidth, config.origin.bandwidth, store.node_id
         )
         self._flusher = Flusher(config.dirty_budget or default_budget(), self._congested)
         self._incoming: dict[bytes, Incoming] = {}
@@ -141,8 +145,13 @@ class Transfers:
         """Bytes per second that a peer delivered lately."""
         return self._planner.rate(peer)
 
-    def begin(self, entry: FileEntry, manifest: Manifest, rank: int, holders: dict[bytes, bytes | bool]) -> Incoming:
-        """Start bringing what is missing of a blob that has its space. ``holders``: peers, and what they have of it."""
+    def reading(self, blob: bytes) -> list[int]:
+        """The chunks of a blob that are on their way from the origin."""
+        requests = self._requests.values()
+        return [c for coming, fetch, left in requests if coming.blob == blob and fetch.via is Via.ORIGIN for c in left]
+
+    def begin(self, entry: FileEntry, manifest: Manifest, rank: int, peers: dict[bytes, State]) -> Incoming:
+        """Start bringing what is missing of a blob that has its space. ``peers``: what they say of it."""
         had = self._store.had(manifest.blob)
         self._next_handle += 1
         writer = self._store.open_writer(manifest.blob)
@@ -154,8 +163,10 @@ class Transfers:
                 coming.local[chunk] = place
         self._incoming[coming.blob] = self._handles[coming.handle] = coming
         reach = Reach.RANGED if entry.ranged else Reach.STREAM
-        known = [(peer, self._chunks(peer, coming, state)) for peer, state in holders.items()]
-        self._feed(LoadAdded(coming.blob, manifest.plan, had, rank, reach, self._attempts, sorted(coming.local), known))
+        known = [(peer, self._chunks(peer, coming, state)) for peer, state in peers.items()]
+        readers = [(peer, state.reads) for peer, state in peers.items() if state.reads is not None]
+        local = sorted(coming.local)
+        self._feed(LoadAdded(coming.blob, manifest.plan, had, rank, reach, self._attempts, local, known, readers))
         return coming
 
     def abandon(self, coming: Incoming, error: WeightcacheError | None = None) -> None:
@@ -171,27 +182,45 @@ class Transfers:
 
     # -- news of peers
 
-    def peer_has(self, peer: bytes, blob: bytes, state: bytes | bool | None) -> None:
-        """All that a peer states to have of a blob."""
+    def peer_state(self, peer: bytes, blob: bytes, state: State | None) -> None:
+        """What a peer states to have of a blob (None: nothing). A set adds to what it told before: some of that came
+        after the set was taken."""
         coming = self._incoming.get(blob)
-        if coming is not None:
-            self._feed(PeerHas(peer, blob, self._chunks(peer, coming, state)))
+        if coming is None:
+            return
+        if state is None:
+            self._feed(PeerHas(peer, blob, ChunkSet(len(coming.manifest))), PeerQuits(peer, blob))
+        elif (chunks := self._chunks(peer, coming, state)) is None:
+            self._feed(PeerHas(peer, blob, None))
+        else:
+            joins = [] if state.reads is None else [PeerReads(peer, blob, state.reads)]
+            self._feed(*joins, PeerGot(peer, blob, list(chunks)))
 
-    def _chunks(self, peer: bytes, coming: Incoming, state: bytes | bool | None) -> ChunkSet | None:
+    def _chunks(self, peer: bytes, coming: Incoming, state: State) -> ChunkSet | None:
         """What a peer stated, as the planner takes it. A set that does not fit the blob counts as nothing."""
         size = len(coming.manifest)
-        if state is True:
+        if state.has is True:
             return None
+        chunks = ChunkSet(size, (chunk for chunk in state.got if 0 <= chunk < size))
         try:
-            return ChunkSet.decode(state, size) if isinstance(state, bytes) else ChunkSet(size)
+            stated = ChunkSet.decode(state.has, size) if isinstance(state.has, bytes) and state.has else ()
         except FormatError as error:
             log.warning(
                 "peer's chunk set ignored", extra=fields(peer=self._name(peer), blob=short(coming.blob), why=str(error))
             )
-            return ChunkSet(size)
+            return chunks
+        for chunk in stated:
+            chunks.add(chunk)
+        return chunks
 
     def peer_got(self, peer: bytes, blob: bytes, chunks: Sequence[int]) -> None:
         self._feed(PeerGot(peer, blob, chunks))
+
+    def peer_reads(self, peer: bytes, blob: bytes, chunks: Sequence[int]) -> None:
+        self._feed(PeerReads(peer, blob, chunks))
+
+    def peer_quits(self, peer: bytes, blob: bytes) -> None:
+        self._feed(PeerQuits(peer, blob))
 
     def note(self, peer: bytes, reason: str) -> None:
         """Put a reason into the reports of the loads that wait for a peer."""
@@ -254,6 +283,7 @@ class Transfers:
             self._copy(fetch, coming, rows[0])
         else:
             process.send("stream" if fetch.whole else "read", fetch.request, coming.handle, rows)
+            self._reads(coming, fetch.chunks)
 
     def _row(self, coming: Incoming, chunk: int) -> list[Any]:
         offset, length = coming.manifest.plan.span(chunk)

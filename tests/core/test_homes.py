@@ -1,0 +1,213 @@
+"""Who reads what from the origin: homes (homes.py), whose turn it is (turns.py), and fleets that start together."""
+
+from __future__ import annotations
+
+import random
+import time
+from functools import partial
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.core.herd import Herd
+from tests.core.virtual import MIB, World
+from weightcache.core import turns as rules
+from weightcache.core.bits import members
+from weightcache.core.events import Done, PeerQuits, Reach
+from weightcache.core.homes import Homes
+from weightcache.core.layout import CHUNK, ChunkPlan
+from weightcache.core.turns import parts
+
+BLOB = b"b" * 32
+
+
+def names(count: int, seed: int = 0) -> list[bytes]:
+    draw = random.Random(seed)
+    return [draw.randbytes(32) for _ in range(count)]
+
+
+def homes(me: bytes, others: list[bytes], count: int) -> Homes:
+    found = Homes(me, BLOB, count)
+    for other in others:
+        found.join(other)
+    return found
+
+
+# -- homes
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 60), st.integers(1, 12), st.randoms(use_true_random=False))
+def test_every_part_has_one_home_wherever_one_looks(count: int, hosts: int, draw: random.Random) -> None:
+    everybody = names(hosts, draw.randrange(1000))
+    views = []
+    for me in everybody:
+        others = [name for name in everybody if name != me]
+        strangers = names(3, draw.randrange(1000, 2000))  # were members for a while
+        order = draw.sample(others + strangers, len(others) + len(strangers))
+        view = homes(me, order, count)
+        for name in draw.sample(strangers, len(strangers)):
+            view.quit(name)
+        views.append(view)
+        assert len(view) == hosts
+        assert [view.home(part) for part in range(count)] == [views[0].home(part) for part in range(count)]
+        assert set(members(view.mine)) == {part for part in range(count) if view.home(part) == me}
+    assert sum(view.mine for view in views) == (1 << count) - 1
+
+
+def test_shares_are_even() -> None:
+    for hosts, count in ((2, 3000), (8, 3000), (100, 3000), (3, 36)):
+        everybody = names(hosts)
+        view = homes(everybody[0], everybody[1:], count)
+        shares = [sum(view.home(part) == name for part in range(count)) for name in everybody]
+        mean = count / hosts
+        assert max(shares) <= mean + 4 * mean**0.5
+        assert min(shares) >= mean - 4 * mean**0.5
+
+
+def test_who_comes_or_goes_moves_only_his_share() -> None:
+    me, newcomer, *others = names(20)
+    view = homes(me, others, 2000)
+    before = [view.home(part) for part in range(2000)]
+    view.join(newcomer)
+    after = [view.home(part) for part in range(2000)]
+    assert {new for old, new in zip(before, after, strict=True) if old != new} == {newcomer}
+    assert 50 < after.count(newcomer) < 150
+    view.quit(newcomer)
+    assert [view.home(part) for part in range(2000)] == before
+
+
+def test_a_reach_grows_from_little_to_everything_and_differs_between_members() -> None:
+    everybody = names(10)
+    reaches = [homes(me, [other for other in everybody if other != me], 1000) for me in everybody]
+    counts = [sum(view.reach(2.0) >> part & 1 for view in reaches) for part in range(1000)]
+    assert 1.8 < sum(counts) / 1000 < 2.2
+    for view in reaches:
+        assert view.reach(0.0) == 0
+        assert view.reach(1.0) & view.reach(4.0) == view.reach(1.0)
+        assert view.reach(10.0) == (1 << 1000) - 1
+
+
+def test_one_more_among_a_thousand_costs_little() -> None:
+    me, *others = names(1001)
+    view = homes(me, others, 3000)
+    spent = []
+    for other in others[:50]:
+        began = time.perf_counter()
+        view.quit(other)
+        view.join(other)
+        spent.append(time.perf_counter() - began)
+    assert sorted(spent)[25] < 0.02
+
+
+@given(st.lists(st.integers(1, CHUNK), max_size=50))
+def test_a_part_is_what_one_read_brings(lengths: list[int]) -> None:
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    found = parts(ChunkPlan(sum(lengths), starts))
+    chunks = [list(members(part)) for part in found]
+    assert [chunk for part in chunks for chunk in part] == list(range(len(lengths)))
+    assert all(sum(lengths[chunk] for chunk in part) <= rules.ORIGIN_READ for part in chunks)
+    assert all(sum(lengths[c] for c in a) + lengths[b[0]] > rules.ORIGIN_READ for a, b in pairwise(chunks))
+
+
+# -- turns, for one host
+
+
+@pytest.mark.parametrize("reach", [Reach.RANGED, Reach.STREAM])
+def test_what_homes_never_bring_is_read_all_the_same(reach: Reach) -> None:
+    for seed in range(10):
+        world = World(seed)
+        peers = [world.add_peer(f"peer {index}") for index in range(9)]
+        wanted = world.want("blob", 200, reach=reach)
+        for peer in peers:
+            world.reads(peer, "blob", range(0, 200, 9))  # so they say
+        world.run()
+        assert isinstance(wanted.end, Done), seed
+        assert wanted.ended_at < 30, seed
+
+
+def test_a_member_that_quits_leaves_its_share_at_once() -> None:
+    world = World(1)
+    peer = world.add_peer("peer")
+    wanted = world.want("blob", 400, CHUNK, reach=Reach.RANGED)
+    world.reads(peer, "blob", ())
+    world.at(0.5, lambda: world.feed(PeerQuits(peer.name, b"blob")))
+    world.run()
+    assert isinstance(wanted.end, Done)
+    assert wanted.ended_at < 1.1 * 400 * (0.02 + CHUNK / world.origin.rate) / world.streams + 1.0
+
+
+# -- fleets
+
+SIZE = 300_000_000
+LINK = ORIGIN = 50e6
+BOUND = SIZE / LINK
+
+
+def a_plan(seed: int) -> ChunkPlan:
+    draw, starts, at = random.Random(seed), [], 0
+    while at < SIZE:
+        starts.append(at)
+        at += draw.choice([1, 2, 4, 8]) * MIB
+    return ChunkPlan(SIZE, tuple(starts))
+
+
+def a_herd(seed: int) -> Herd:
+    """Eight hosts that start within a second."""
+    herd = Herd(seed, 8, a_plan(seed), LINK, ORIGIN)
+    for host in herd.hosts:
+        herd.at(herd.random.random(), partial(herd.start, host))
+    return herd
+
+
+def ends(herd: Herd, seed: int, egress: float, last: float, but: int = 0) -> None:
+    """Run it; all but the first ``but`` hosts have ended within ``last`` times the bound and the second of starting."""
+    herd.run()
+    for host in herd.hosts:
+        assert not host.alive or isinstance(host.end, Done), f"seed {seed}: {host.end}"
+    ended = max(host.ended_at for host in herd.hosts[but:])
+    assert herd.egress <= egress * SIZE, f"seed {seed}: the origin was read {herd.egress / SIZE:.3f} times"
+    assert ended <= last * BOUND + 1.0, f"seed {seed}: the last ended after {ended / BOUND:.2f} times the bound"
+
+
+SEEDS = range(6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_herd_reads_the_origin_once(seed: int) -> None:
+    ends(a_herd(seed), seed, 1.05, 1.6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_herd_bears_a_death(seed: int) -> None:
+    herd = a_herd(seed)
+    herd.at(BOUND / 2, partial(herd.kill, herd.hosts[0]))
+    ends(herd, seed, 1.1, 1.7, but=1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_herd_bears_one_that_crawls(seed: int) -> None:
+    herd = a_herd(seed)
+    herd.hosts[0].link /= 10
+    ends(herd, seed, 1.1, 1.8, but=1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_members_that_see_different_swarms_read_little_twice(seed: int) -> None:
+    herd = a_herd(seed)
+    first, second, third, *others = herd.hosts
+    first.knows = lambda other: other is not second
+    second.knows = lambda other: other is not first
+    third.knows = lambda other: other in others[:2]
+    ends(herd, seed, 1.4, 1.8)
+
+
+def test_what_can_only_be_streamed_is_streamed_once() -> None:
+    herd = Herd(1, 8, a_plan(1), LINK, ORIGIN, Reach.STREAM)
+    for host in herd.hosts:
+        herd.at(herd.random.random(), partial(herd.start, host))
+    herd.run()
+    assert herd.egress == pytest.approx(SIZE)
+    assert all(isinstance(host.end, Done) for host in herd.hosts)

@@ -1,0 +1,67 @@
+"""Hosts that start at the same moment on an object that nobody has: between them they read the origin once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.fleet.daemons import Daemon, Json, from_peers
+from tests.fleet.weights import CHUNK, tensors
+from tests.servers.loop import wait_until
+from tests.servers.s3 import S3Server
+
+HOSTS = 4
+TENSOR = CHUNK // 4
+FIRST_READ = 256 << 10  # each host reads the header for itself
+
+
+def herd(root: Path, stack: ExitStack, env: dict[str, str]) -> list[Daemon]:
+    """Daemons that all know each other."""
+    hosts: list[Daemon] = []
+    for index in range(HOSTS):
+        host = Daemon(root / str(index), peers=tuple(hosts), env=env)
+        hosts.append(stack.enter_context(host))
+    for host in hosts:
+        host.meets(*(other for other in hosts if other is not host))
+    return hosts
+
+
+def pull_at_once(hosts: list[Daemon], source: str) -> list[Json]:
+    with ThreadPoolExecutor(len(hosts)) as threads:
+        return list(threads.map(lambda host: host.pull(source), hosts))
+
+
+def test_hosts_that_start_together_read_the_origin_once(s3: S3Server, tmp_path: Path) -> None:
+    data = tensors(48, TENSOR)
+    s3.put("main", "herd.safetensors", data)
+    with ExitStack() as stack:
+        hosts = herd(tmp_path, stack, s3.env())
+        reports = pull_at_once(hosts, "s3://main/herd.safetensors")
+        print(f"egress {s3.proxy.egress / len(data):.3f}; {[round(report['seconds'], 2) for report in reports]}")
+        assert s3.proxy.egress <= 1.1 * len(data) + HOSTS * FIRST_READ
+        for report in reports:
+            assert Path(report["path"]).read_bytes() == data
+            assert 0 < report["bytes_by_source"]["origin"] < len(data) * 2 / 3
+            assert from_peers(report) + report["bytes_by_source"]["origin"] == len(data)
+
+
+def test_a_host_that_dies_is_made_up_for(s3: S3Server, tmp_path: Path) -> None:
+    data = tensors(48, TENSOR, seed=1)
+    s3.put("main", "dies.safetensors", data)
+    source = "s3://main/dies.safetensors"
+    with ExitStack() as stack:
+        *living, dying = herd(tmp_path, stack, s3.env())
+        faults = [s3.proxy.stall(r"dies\.safetensors$", after=TENSOR + 4096) for _ in range(2)]
+        with ThreadPoolExecutor(HOSTS) as threads:
+            pulls = [threads.submit(host.pull, source) for host in living]
+            lost = threads.submit(dying.pull, source)
+            assert all(fault.struck.wait(20) for fault in faults)  # two reads, of whomever, hang
+            with living[0].client() as client:
+                wait_until(lambda: client.status()["moved"]["peer"], 20, "chunks from peers")
+            dying.kill()
+            assert lost.exception(30) is not None
+            s3.proxy.heal()
+            reports = [pull.result(60) for pull in pulls]
+        for report in reports:
+            assert Path(report["path"]).read_bytes() == data

@@ -1,0 +1,186 @@
+"""Whose turn it is to read what from the origin, so that a swarm reads each chunk once.
+
+Theory of operation. Everyone in a swarm wants every chunk, and tells at once what it has got: so a host reads only the
+chunks whose *home* it is (homes.py) and takes the others from whoever has them. Chunks go to homes in *parts*, each as
+much as one read brings; a blob that can only be streamed is one part. What a member said it has begun to read is left
+to it, whoever is its home: that is how a host that started earlier keeps what it has under way, and how members with
+different views of the swarm read little twice.
+
+A home may be slow, or see others than we do. A host with nothing left to read of its own therefore takes over what
+nobody reads: first what it would be the second to read, then ever more, until after some DOUBLINGs it would read
+anything; so few take over the same part, and no part waits forever. A read that has brought nothing for several times
+as long as reads take here counts as nobody's.
+
+Reads at once: the origin is shared, and a chunk is worth most to the swarm when it is whole. One read at first, one
+more after each that was quick, one less after each that was slow; a host that is alone is not held back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from weightcache.core.bits import members
+from weightcache.core.events import Peer, Reach
+from weightcache.core.homes import Homes
+from weightcache.core.layout import CHUNK, ChunkPlan
+
+ORIGIN_READ = CHUNK  # bytes that one ranged read brings: a chunk, or a run of smaller neighbours
+SETTLE = 0.25  # seconds of idling before something is taken over: news of who reads what takes a moment
+DOUBLING = 0.5  # seconds in which the reach of an idle host doubles
+LOOK = 0.1  # seconds between two looks at what could be taken over
+QUICK = 1.0  # seconds: reads that take longer are not made faster by more of them
+READ_SECONDS = 1.0  # believed of a read before any has ended
+PATIENCE, LATE = 2.0, 4.0  # seconds, and times as long as reads take, after which a read counts as nobody's
+
+
+class Turns:
+    """For one blob. Chunks and slots of peers are sets of bits."""
+
+    def __init__(self, me: Peer, blob: bytes, plan: ChunkPlan, origin: Reach) -> None:
+        self._me = me
+        self._blob = blob
+        self._plan = plan
+        self._origin = origin
+        self._width = 1
+        self._seconds = READ_SECONDS  # that a read takes
+        self._names: dict[int, Peer] = {}  # by slot: those that load the blob, too
+        self._joined = 0  # their slots
+        self._seated = 0  # those of them that may be asked: the members
+        self._homes: Homes | None = None  # until there is somebody else
+        self._parts: list[int] = []  # the chunks of each
+        self._home_parts = 0  # parts whose home is here,
+        self._own = 0  # and their chunks
+        self._readers: dict[int, int] = {}  # chunk -> slot of who reads it
+        self._read = 0  # such chunks
+        self._heard: dict[int, float] = {}  # slot -> when its reads last began, or brought something
+        self._idle: float | None = None  # since when there is nothing of its own left to read
+        self._reach = 0  # chunks that may be taken over
+        self.look = float("-inf")  # when it is worth asking again although nothing has happened
+
+    # -- news
+
+    def join(self, slot: int, name: Peer) -> None:
+        """A peer loads the blob, too."""
+        self._names[slot] = name
+        self._joined |= 1 << slot
+
+    def quit(self, slot: int) -> None:
+        """It does not any more: it has all, gave up, or left."""
+        if slot in self._names:
+            self._seat(self._seated & ~(1 << slot))
+            self._ignore(slot)
+            self._joined &= ~(1 << slot)
+            del self._names[slot]
+
+    def reads(self, slot: int, chunks: Iterable[int], now: float) -> None:
+        """It has begun to read these from the origin."""
+        self._heard[slot] = now
+        for chunk in chunks:
+            if 0 <= chunk < len(self._plan):
+                self._readers[chunk] = slot
+                self._read |= 1 << chunk
+
+    def got(self, slot: int, chunks: Iterable[int], now: float) -> None:
+        """It has these, perhaps by reading them."""
+        if slot in self._heard:
+            read = [chunk for chunk in chunks if self._readers.get(chunk) == slot]
+            if read:
+                self._forget(read)
+                self._learn(now - self._heard[slot])
+                self._heard[slot] = now
+
+    def took(self, seconds: float) -> None:
+        """A read of this host has ended well."""
+        self._learn(seconds)
+        self._width += 1 if seconds < QUICK else -1
+        self._width = max(1, self._width)
+
+    # -- decisions
+
+    @property
+    def shared(self) -> bool:
+        """Whether others may read for this host."""
+        return self._seated != 0
+
+    def at_once(self, streams: int) -> int:
+        """How many reads may be in flight, of at most ``streams``."""
+        if self._origin is Reach.STREAM:
+            return 1
+        self._width = min(self._width, streams)
+        return self._width if self._joined else streams
+
+    def mine(self, wanted: int, unheld: int, usable: int, now: float) -> int:
+        """Of the ``wanted`` chunks those that this host may read now. ``unheld``: those that perhaps no peer can give;
+        ``usable``: slots of peers that may be asked."""
+        self._seat(self._joined & usable)
+        if not self._seated:
+            return wanted
+        own = wanted & self._own & ~self._read
+        if own & unheld or not unheld:
+            self._idle = None
+            return own
+        if self._idle is None:
+            self._idle, self._reach, self.look = now, 0, now + SETTLE
+        elif now >= self.look:
+            assert self._homes is not None
+            self.look = now + LOOK
+            self._give_up_reads(now)
+            self._reach = self._chunks(self._homes.reach(2.0 ** min((now - self._idle) / DOUBLING, 64.0)))
+        return wanted & (self._own | self._reach) & ~self._read
+
+    # -- books
+
+    def _seat(self, seated: int) -> None:
+        changed = seated ^ self._seated
+        if not changed:
+            return
+        if self._homes is None:
+            self._parts = [(1 << len(self._plan)) - 1] if self._origin is Reach.STREAM else parts(self._plan)
+            self._homes = Homes(self._me, self._blob, len(self._parts))
+        for slot in members(changed):
+            if seated >> slot & 1:
+                self._homes.join(self._names[slot])
+            else:
+                self._homes.quit(self._names[slot])  # what it reads may come all the same
+        self._seated = seated
+        self._own ^= self._chunks(self._homes.mine ^ self._home_parts)
+        self._home_parts = self._homes.mine
+
+    def _chunks(self, some: int) -> int:
+        found = 0
+        for part in members(some):
+            found |= self._parts[part]
+        return found
+
+    def _give_up_reads(self, now: float) -> None:
+        """What is read by somebody of whom nothing has come for long is read by nobody."""
+        patience = PATIENCE + LATE * self._seconds
+        for slot in [slot for slot, heard in self._heard.items() if now > heard + patience]:
+            self._ignore(slot)
+
+    def _ignore(self, slot: int) -> None:
+        """Nothing is expected of its reads."""
+        if self._heard.pop(slot, None) is not None:
+            self._forget([chunk for chunk, reader in self._readers.items() if reader == slot])
+
+    def _forget(self, chunks: Iterable[int]) -> None:
+        for chunk in chunks:
+            del self._readers[chunk]
+            self._read &= ~(1 << chunk)
+
+    def _learn(self, seconds: float) -> None:
+        self._seconds += 0.3 * (seconds - self._seconds)
+
+
+def parts(plan: ChunkPlan) -> list[int]:
+    """Neighbouring chunks that one read brings, as sets: the same on every host."""
+    found: list[int] = []
+    room = 0
+    for chunk in range(len(plan)):
+        _, length = plan.span(chunk)
+        if length > room:
+            found.append(0)
+            room = ORIGIN_READ
+        found[-1] |= 1 << chunk
+        room -= length
+    return found
