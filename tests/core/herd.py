@@ -98,7 +98,8 @@ class Herd:
     def start(self, host: Host) -> None:
         """It asks everybody what they have, and loads."""
         host.loading = True
-        holders, readers = [], []
+        holders: list[tuple[bytes, ChunkSet | None]] = []
+        readers = []
         for other in self.hosts:
             if other is host or not other.alive or not host.knows(other):
                 continue
@@ -109,8 +110,8 @@ class Herd:
                 reads = [c for t in other.transfers.values() if t.sender is None for c in t.fetch.chunks[t.arrived :]]
                 readers.append((other.name, reads))
             if other.had:
-                holders.append((other.name, ChunkSet(len(self.plan), other.had)))
-        holders = [(name, None if chunks.is_full else chunks) for name, chunks in holders]
+                all_of_it = len(other.had) == len(self.plan)
+                holders.append((other.name, None if all_of_it else ChunkSet(len(self.plan), other.had)))
         had = ChunkSet(len(self.plan))
         self.feed(host, LoadAdded(BLOB, self.plan, had, 1, self.reach, holders=holders, readers=readers))
 

@@ -50,9 +50,8 @@ class Turns:
         self._parts: list[int] = []  # the chunks of each
         self._home_parts = 0  # parts whose home is here,
         self._own = 0  # and their chunks
-        self._readers: dict[int, int] = {}  # chunk -> slot of who reads it
+        self._readers: dict[int, tuple[int, float]] = {}  # chunk -> slot of who reads it, and since when
         self._read = 0  # such chunks
-        self._heard: dict[int, float] = {}  # slot -> when its reads last began, or brought something
         self._idle: float | None = None  # since when there is nothing of its own left to read
         self._reach = 0  # chunks that may be taken over
         self.look = float("-inf")  # when it is worth asking again although nothing has happened
@@ -68,26 +67,26 @@ class Turns:
         """It does not any more: it has all, gave up, or left."""
         if slot in self._names:
             self._seat(self._seated & ~(1 << slot))
-            self._ignore(slot)
+            self._forget(self._read_by(slot))
             self._joined &= ~(1 << slot)
             del self._names[slot]
 
     def reads(self, slot: int, chunks: Iterable[int], now: float) -> None:
         """It has begun to read these from the origin."""
-        self._heard[slot] = now
         for chunk in chunks:
             if 0 <= chunk < len(self._plan):
-                self._readers[chunk] = slot
+                self._readers[chunk] = slot, now
                 self._read |= 1 << chunk
 
     def got(self, slot: int, chunks: Iterable[int], now: float) -> None:
         """It has these, perhaps by reading them."""
-        if slot in self._heard:
-            read = [chunk for chunk in chunks if self._readers.get(chunk) == slot]
-            if read:
-                self._forget(read)
-                self._learn(now - self._heard[slot])
-                self._heard[slot] = now
+        for chunk in chunks if self._readers else ():
+            reader, since = self._readers.get(chunk, (None, now))
+            if reader == slot:
+                self._forget([chunk])
+                self._learn(now - since)
+                if self._origin is Reach.STREAM:  # what comes behind it has been waiting for it
+                    self.reads(slot, self._read_by(slot), now)
 
     def took(self, seconds: float) -> None:
         """A read of this host has ended well."""
@@ -153,15 +152,12 @@ class Turns:
         return found
 
     def _give_up_reads(self, now: float) -> None:
-        """What is read by somebody of whom nothing has come for long is read by nobody."""
-        patience = PATIENCE + LATE * self._seconds
-        for slot in [slot for slot, heard in self._heard.items() if now > heard + patience]:
-            self._ignore(slot)
+        """What has been read for so long is read by nobody."""
+        since = now - PATIENCE - LATE * self._seconds
+        self._forget([chunk for chunk, (_, began) in self._readers.items() if began < since])
 
-    def _ignore(self, slot: int) -> None:
-        """Nothing is expected of its reads."""
-        if self._heard.pop(slot, None) is not None:
-            self._forget([chunk for chunk, reader in self._readers.items() if reader == slot])
+    def _read_by(self, slot: int) -> list[int]:
+        return [chunk for chunk, (reader, _) in self._readers.items() if reader == slot]
 
     def _forget(self, chunks: Iterable[int]) -> None:
         for chunk in chunks:
