@@ -12,6 +12,7 @@ from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
 
 HOSTS = 4
+NEVER = 1 << 60  # bytes: what stalls after so many passes
 TENSOR = CHUNK // 4
 FIRST_READ = 256 << 10  # each host reads the header for itself
 
@@ -40,23 +41,24 @@ def test_hosts_that_start_together_read_the_origin_once(s3: S3Server, tmp_path: 
         reports = pull_at_once(hosts, "s3://main/herd.safetensors")
         print(f"egress {s3.proxy.egress / len(data):.3f}; {[round(report['seconds'], 2) for report in reports]}")
         assert s3.proxy.egress <= 1.1 * len(data) + HOSTS * FIRST_READ
+        assert sum(report["bytes_by_source"]["origin"] for report in reports) <= 1.1 * len(data)
         for report in reports:
             assert Path(report["path"]).read_bytes() == data
-            assert report["bytes_by_source"]["origin"] < len(data) * 2 / 3
             assert from_peers(report) + report["bytes_by_source"]["origin"] == len(data)
 
 
 def test_a_host_that_dies_is_made_up_for(s3: S3Server, tmp_path: Path) -> None:
-    data = tensors(48, TENSOR, seed=1)
+    data = tensors(64, TENSOR, seed=1)
     s3.put("main", "dies.safetensors", data)
     source = "s3://main/dies.safetensors"
+    s3.proxy.stall(r"dies\.safetensors$", after=NEVER, times=12)  # versions, headers and a few reads pass,
+    stall = s3.proxy.stall(r"dies\.safetensors$", after=TENSOR // 2, times=1000)  # all others hang
     with ExitStack() as stack:
         *living, dying = herd(tmp_path, stack, s3.env())
-        faults = [s3.proxy.stall(r"dies\.safetensors$", after=TENSOR + 4096) for _ in range(2)]
         with ThreadPoolExecutor(HOSTS) as threads:
-            pulls = [threads.submit(host.pull, source) for host in living]
             lost = threads.submit(dying.pull, source)
-            assert all(fault.struck.wait(20) for fault in faults)  # two reads, of whomever, hang
+            pulls = [threads.submit(host.pull, source) for host in living]
+            assert stall.struck.wait(20)
             with living[0].client() as client:
                 wait_until(lambda: client.status()["moved"]["peer"], 20, "chunks from peers")
             dying.kill()

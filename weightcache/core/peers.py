@@ -21,6 +21,7 @@ PEER_CHUNKS = 64
 PEER_SECONDS = 0.5  # nor one that owes what takes it this long
 UNPROVEN_CHUNKS = 2  # nor one that owes this many and never delivered any
 FIRST_RATE = 100e6  # bytes/s believed of a peer before it has sent anything
+LINK_RATE = 1e9  # bytes/s believed of this host's own link before anything has come
 LEAST_RATE = 1e3  # bytes/s: no peer is believed slower, or it would never be tried again
 RATE_WINDOW = 0.05  # seconds of delivering that make a measurement: chunks arrive in bursts
 SENDERS = 16  # that owe something at once: others are asked only for what none of these has
@@ -52,6 +53,15 @@ class PeerState:
             return True
         return self.chunks > 0 and self.owed >= min(PEER_BYTES, PEER_SECONDS * self.rate)
 
+    def deliver(self, length: int, now: float) -> None:
+        """From what it delivers while it owes anything its rate is learned."""
+        self.window_bytes += length
+        self.window_seconds += now - self.window_at
+        self.window_at = now
+        if self.window_seconds >= RATE_WINDOW:
+            self.rate += 0.3 * (self.window_bytes / self.window_seconds - self.rate)
+            self.window_bytes, self.window_seconds = 0, 0.0
+
     def slower(self, rate: float) -> None:
         """It is no faster than this."""
         self.rate = max(LEAST_RATE, min(self.rate, rate))
@@ -63,6 +73,7 @@ class Peers:
     def __init__(self) -> None:
         self.open = self.busy = self.owing = 0
         self.owed = 0
+        self._all = PeerState(b"", -1, rate=LINK_RATE)  # what they deliver together: this host may be the slow one
         self._known: dict[Peer, PeerState] = {}
         self._slots: list[PeerState | None] = []
         self._rests: list[tuple[float, Peer]] = []  # heap: when somebody may be asked again
@@ -105,25 +116,27 @@ class Peers:
         """One more chunk was asked of it."""
         if not peer.chunks:
             peer.window_at = now  # the time in which it had nothing to do does not count
+        if not self.owing:
+            self._all.window_at = now
         peer.chunks += 1
         peer.owed += length
         self.owed += length
         self._weigh(peer, now)
 
     def settle(self, peer: PeerState, length: int, now: float, *, delivered: bool) -> None:
-        """It no longer owes a chunk. From what it delivers while it owes anything its rate is learned."""
+        """It no longer owes a chunk."""
         peer.chunks -= 1
         peer.owed -= length
         self.owed -= length
         if delivered:
             peer.delivered, peer.failures = now, 0
-            peer.window_bytes += length
-            peer.window_seconds += now - peer.window_at
-            peer.window_at = now
-            if peer.window_seconds >= RATE_WINDOW:
-                peer.rate += 0.3 * (peer.window_bytes / peer.window_seconds - peer.rate)
-                peer.window_bytes, peer.window_seconds = 0, 0.0
+            peer.deliver(length, now)
+            self._all.deliver(length, now)
         self._weigh(peer, now)
+
+    def expected(self, peer: PeerState) -> float:
+        """In how many seconds it should have delivered what it owes; on a slow link, half of what all of them owe."""
+        return max(peer.owed / peer.rate, 0.5 * self.owed / self._all.rate)
 
     def rest(self, peer: PeerState, until: float, now: float) -> None:
         """It failed: leave it alone."""

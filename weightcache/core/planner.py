@@ -297,7 +297,7 @@ class Planner:
             peer = self._peers[where]
             if peer.failures:
                 self._late.append(number)  # it has yet to prove itself: nothing waits for that
-            soft = min(LONGEST_SOFT, SOFT_DEADLINE + 4 * peer.owed / peer.rate)
+            soft = min(LONGEST_SOFT, SOFT_DEADLINE + 4 * self._peers.expected(peer))
             heapq.heappush(self._deadlines, (now + soft, number, False))
             heapq.heappush(self._deadlines, (now + HARD_FACTOR * soft, number, True))
         elif where is Via.ORIGIN:
