@@ -1,8 +1,8 @@
 """How long the planner thinks: microseconds per event, by the number of peers and of loads.
 
 Each scenario brings its loads to the end in virtual time: the oldest request is answered, the planner decides what to
-ask for next. One event and its actions count as one decision. "swarm": as many peers load the same blob, all announce
-each chunk that they get, in batches.
+ask for next. One event and its actions count as one decision. "swarm": as many peers have some of the same blob and
+announce what they get, in batches; "herd": they load it, too, and each reads its share from the origin.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from bench.run import Run
 from bench.table import Column, Row, Table, at_most
 from weightcache.core.bitmap import ChunkSet
-from weightcache.core.events import Event, Fetch, Got, LoadAdded, PeerGot, PeerHas, Reach, Tick, Wake
+from weightcache.core.events import Done, Event, Fetch, Got, LoadAdded, PeerGot, PeerHas, PeerReads, Reach, Tick, Wake
 from weightcache.core.layout import ChunkPlan
 from weightcache.core.planner import Planner
 
@@ -46,6 +46,7 @@ class Bench:
         self.wake = float("inf")
         self.waiting: deque[tuple[int, int]] = deque()  # (request, chunk)
         self.spent: list[float] = []
+        self.loads = 0  # that have not ended
 
     def feed(self, event: Event) -> None:
         began = time.perf_counter()
@@ -55,25 +56,31 @@ class Bench:
             match action:
                 case Fetch():
                     self.waiting.extend((action.request, chunk) for chunk in action.chunks)
+                case Done():
+                    self.loads -= 1
                 case Wake():
                     self.wake = action.at
 
-    def add(self, loads: int, chunks: int, peers: list[bytes], state: State) -> None:
+    def add(self, loads: int, chunks: int, peers: list[bytes], state: State, *, herd: bool) -> None:
+        self.loads += loads
         draw = random.Random(2)
         plan = ChunkPlan(chunks * MIB, range(0, chunks * MIB, MIB))
         for number in range(loads):
             self.feed(LoadAdded(blob(number), plan, ChunkSet(chunks), number % 3, Reach.RANGED))
             for peer in peers:
                 self.feed(PeerHas(peer, blob(number), state(draw, chunks)))
+                if herd:
+                    self.feed(PeerReads(peer, blob(number), ()))
 
     def drain(self, announce: Callable[[], Event | None] = lambda: None) -> None:
-        """Answer requests until none is left; after each, ``announce`` may have news."""
-        while self.waiting:
-            self.now += SECONDS_A_CHUNK
+        """Answer requests until the loads are done; after each, ``announce`` may have news."""
+        while self.loads:
+            self.now = max(self.now + SECONDS_A_CHUNK, 0.0 if self.waiting else self.wake)
             if self.now >= self.wake:
                 self.wake = float("inf")
                 self.feed(Tick())
-            self.feed(Got(*self.waiting.popleft()))
+            if self.waiting:
+                self.feed(Got(*self.waiting.popleft()))
             if (news := announce()) is not None:
                 self.feed(news)
 
@@ -123,6 +130,7 @@ def planner(run: Run) -> Table:
         ("complete", 1, chunks, complete),
         ("random halves", 1, chunks, half),
         ("swarm", 1, chunks, nothing),
+        ("herd", 1, chunks, nothing),
         (f"{loads} loads", loads, chunks // loads, complete),
         (f"{loads} loads, halves", loads, chunks // loads, half),
     ]
@@ -132,9 +140,9 @@ def planner(run: Run) -> Table:
         peers = [blob(1_000_000 + number) for number in range(count)]
         for name, of, each, state in scenarios:
             bench = Bench()
-            bench.add(of, each, peers, state)
+            bench.add(of, each, peers, state, herd=name == "herd")
             table.rows.append(bench.row(f"{name}, {count:,} peers: news"))
-            bench.drain(swarm(peers, each) if name == "swarm" else lambda: None)
+            bench.drain(swarm(peers, each) if name in ("swarm", "herd") else lambda: None)
             table.rows.append(bench.row(f"{name}, {count:,} peers"))
     for name, *_ in scenarios:
         few, many = (f"{name}, {count:,} peers" for count in (counts[0], counts[-1]))
