@@ -10,6 +10,7 @@ from tests.core.virtual import World
 from weightcache.core import planner as rules
 from weightcache.core.events import Done, GiveUp, Kind, Reach, Via
 from weightcache.core.layout import CHUNK
+from weightcache.core.turns import ORIGIN_READ
 
 # -- the origin
 
@@ -77,7 +78,7 @@ def test_small_neighbours_are_read_from_the_origin_together() -> None:
     wanted = world.want("blob", 2_000, 64 << 10, reach=Reach.RANGED)
     world.run()
     assert isinstance(wanted.end, Done)
-    assert len(world.origin.reads) < 3 * 2_000 * (64 << 10) / rules.ORIGIN_READ
+    assert len(world.origin.reads) < 3 * 2_000 * (64 << 10) / ORIGIN_READ
 
 
 def test_a_stream_is_read_once_and_starts_over_when_it_breaks() -> None:

@@ -42,6 +42,7 @@ from weightcache.core.events import (
 )
 from weightcache.core.layout import CHUNK, ChunkPlan
 from weightcache.core.planner import Planner
+from weightcache.core.turns import ORIGIN_READ
 
 MIB = 1 << 20
 LATENCY = 0.001
@@ -414,7 +415,7 @@ class World:
                 assert any(not self._usable_holders(fetch.blob, chunk) for chunk in chunks)
             else:
                 assert list(fetch.chunks) == list(range(fetch.chunks[0], fetch.chunks[-1] + 1))
-                assert size <= rules.ORIGIN_READ
+                assert size <= ORIGIN_READ
                 for chunk in chunks:
                     able = [name for name in self._usable_holders(fetch.blob, chunk) if name != hedged]
                     assert not able, f"the origin is asked for what {able} has"
