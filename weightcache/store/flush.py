@@ -5,7 +5,7 @@ wait, and all loads fall to the disk's speed at once, the daemon's own index wit
 it is on the disk. From a quarter of the budget on, a thread has the kernel write the oldest ranges out
 (``sync_file_range`` starts that without waiting) and waits for them in order; at the whole budget ``full`` turns
 true, and the planner asks for nothing until half of it is free again. Not from the first byte on: pages on their way
-to the disk make writers some 20% slower (``bench/dirty.py``). A store on tmpfs has nothing to write back: its ranges
+to the disk make writers some 20% slower (``python -m bench dirty``). A store on tmpfs has nothing to write back: its ranges
 are done at once.
 """
 
