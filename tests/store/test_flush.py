@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from weightcache.store import Flusher
+from weightcache.store import Flusher, Landing
 
 PIECE = 1 << 20
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> int:
+def landing(tmp_path: Path) -> Landing:
     fd = os.open(tmp_path / "blob", os.O_RDWR | os.O_CREAT)
     os.posix_fallocate(fd, 0, 16 * PIECE)
-    return fd
+    return Landing(fd)
 
 
-def land(flusher: Flusher, fd: int, pieces: range) -> None:
+def land(flusher: Flusher, landing: Landing, pieces: range) -> None:
     for piece in pieces:
-        os.pwrite(fd, os.urandom(PIECE), piece * PIECE)
-        flusher.landed(fd, piece * PIECE, PIECE)
+        os.pwrite(landing.fd, os.urandom(PIECE), piece * PIECE)
+        flusher.landed(landing, piece * PIECE, PIECE)
 
 
 def open_descriptors(path: str) -> int:
@@ -36,7 +36,7 @@ def open_descriptors(path: str) -> int:
     return found
 
 
-def test_at_the_budget_it_is_full_until_the_disk_has_half(file: int) -> None:
+def test_at_the_budget_it_is_full_until_the_disk_has_half(landing: Landing) -> None:
     said: list[bool] = []
     caught_up = threading.Event()
 
@@ -47,30 +47,37 @@ def test_at_the_budget_it_is_full_until_the_disk_has_half(file: int) -> None:
 
     flusher = Flusher(4 * PIECE, changed)
     with flusher._work:  # its thread stands still: a quick disk would keep up
-        land(flusher, file, range(12))
+        land(flusher, landing, range(12))
     assert caught_up.wait(20)
     assert said[0] is True
     assert said == [bool(index % 2 == 0) for index in range(len(said))]
     flusher.close()
 
 
-def test_below_a_quarter_nothing_is_written_out_until_the_blob_has_come(file: int) -> None:
-    path = os.readlink(f"/proc/self/fd/{file}")
+def test_below_a_quarter_nothing_is_written_out_until_the_blob_has_come(landing: Landing) -> None:
+    path = os.readlink(f"/proc/self/fd/{landing.fd}")
     flusher = Flusher(64 * PIECE, lambda full: None)
-    land(flusher, file, range(8))
+    land(flusher, landing, range(8))
     assert flusher.dirty == 8 * PIECE
-    assert open_descriptors(path) == 9
-    flusher.ended()
+    assert open_descriptors(path) == 1, "one a blob, however many ranges"
+    flusher.ended(landing)
     deadline = threading.Event()
     while flusher.dirty and not deadline.wait(0.01):
         pass
-    assert open_descriptors(path) == 1, "an open descriptor would keep the blob from being evicted"
+    assert open_descriptors(path) == 0, "an open descriptor would keep the blob from being evicted"
     flusher.close()
 
 
-def test_close_leaves_no_descriptor(file: int) -> None:
-    path = os.readlink(f"/proc/self/fd/{file}")
+def test_a_blob_that_ends_before_anything_landed_is_closed_at_once(landing: Landing) -> None:
+    path = os.readlink(f"/proc/self/fd/{landing.fd}")
     flusher = Flusher(64 * PIECE, lambda full: None)
-    land(flusher, file, range(4))
+    flusher.ended(landing)
+    assert open_descriptors(path) == 0
+
+
+def test_close_leaves_no_descriptor(landing: Landing) -> None:
+    path = os.readlink(f"/proc/self/fd/{landing.fd}")
+    flusher = Flusher(64 * PIECE, lambda full: None)
+    land(flusher, landing, range(4))
     flusher.close()
-    assert open_descriptors(path) == 1
+    assert open_descriptors(path) == 0

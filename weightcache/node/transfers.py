@@ -55,7 +55,7 @@ from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
 from weightcache.node.swarm import Peer, State
 from weightcache.node.trust import Trust
-from weightcache.store import Flusher, Store, default_budget
+from weightcache.store import Flusher, Landing, Store, default_budget
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Incoming:
     entry: FileEntry
     manifest: Manifest
     had: ChunkSet
-    writer: int  # descriptor
+    writer: Landing
     handle: int
     done: asyncio.Future[None]
     tally: Tally = field(default_factory=Tally)
@@ -154,7 +154,7 @@ class Transfers:
         """Start bringing what is missing of a blob that has its space. ``peers``: what they say of it."""
         had = self._store.had(manifest.blob)
         self._next_handle += 1
-        writer = self._store.open_writer(manifest.blob)
+        writer = Landing(self._store.open_writer(manifest.blob))
         coming = Incoming(entry, manifest, had, writer, self._next_handle, self._loop.create_future())
         coming.done.add_done_callback(lambda done: done.cancelled() or done.exception())  # who waits will see it
         for chunk in had.missing():
@@ -273,7 +273,7 @@ class Transfers:
         if role not in coming.opened:
             coming.opened.add(role)
             about = [one_file(coming.entry)] if role == "origin" else []
-            process.send("blob", coming.handle, *about, fds=[os.dup(coming.writer)])
+            process.send("blob", coming.handle, *about, fds=[os.dup(coming.writer.fd)])
         rows = [self._row(coming, chunk) for chunk in fetch.chunks]
         if isinstance(fetch.via, bytes):
             self._introduce(fetch.via)
@@ -444,8 +444,7 @@ class Transfers:
             del self._requests[request]
         for role in coming.opened:
             self._processes[role].send("close", coming.handle)
-        os.close(coming.writer)
-        self._flusher.ended()
+        self._flusher.ended(coming.writer)
         if not coming.done.done():
             if error is None:
                 coming.done.set_result(None)

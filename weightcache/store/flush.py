@@ -5,8 +5,8 @@ wait, and all loads fall to the disk's speed at once, the daemon's own index wit
 it is on the disk. From a quarter of the budget on, a thread has the kernel write the oldest ranges out
 (``sync_file_range`` starts that without waiting) and waits for them in order; at the whole budget ``full`` turns
 true, and the planner asks for nothing until half of it is free again. Not from the first byte on: pages on their way
-to the disk make writers some 20% slower (``python -m bench dirty``). A store on tmpfs has nothing to write back: its ranges
-are done at once.
+to the disk make writers some 20% slower (``python -m bench dirty``). A store on tmpfs has nothing to write back: its
+ranges are done at once.
 """
 
 from __future__ import annotations
@@ -32,14 +32,33 @@ def default_budget() -> int:
     return max(_LEAST, limit // 2)
 
 
+class Landing:
+    """One blob that is being written. Its descriptor, now this one's, closes when it is over and on the disk."""
+
+    __slots__ = ("fd", "over", "ranges")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.over = False  # nothing more will land
+        self.ranges = 0  # that are not on the disk
+
+    def close_unused(self) -> None:
+        if self.over and not self.ranges and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+Range = tuple[Landing, int, int]  # with offset and length
+
+
 class Flusher:
     """Counts what landed until the disk has it. ``changed(full)`` is called, from its thread, when ``full`` changes."""
 
     def __init__(self, budget: int, changed: Callable[[bool], None]) -> None:
         self._budget = budget
         self._changed = changed
-        self._queue: deque[tuple[int, int, int]] = deque()  # descriptor, offset, length: not started
-        self._started: deque[tuple[int, int, int]] = deque()
+        self._queue: deque[Range] = deque()  # not started
+        self._started: deque[Range] = deque()
         self._work = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -48,10 +67,11 @@ class Flusher:
         self.dirty = 0  # bytes
         self.full = False
 
-    def landed(self, fd: int, offset: int, length: int) -> None:
-        """Bytes were written through ``fd``, of which a copy is kept until the disk has them. Quick."""
+    def landed(self, landing: Landing, offset: int, length: int) -> None:
+        """Bytes were written. Quick."""
         with self._work:
-            self._queue.append((os.dup(fd), offset, length))
+            self._queue.append((landing, offset, length))
+            landing.ranges += 1
             self._ranges += 1
             self.dirty += length
             if self._thread is None:
@@ -60,9 +80,11 @@ class Flusher:
             self._set_full()
             self._work.notify()
 
-    def ended(self) -> None:
-        """A blob has come: write out all there is, so that its descriptors close and it can be evicted. Quick."""
+    def ended(self, landing: Landing) -> None:
+        """A blob has come, or will not: write out all there is, so that it can be evicted. Quick."""
         with self._work:
+            landing.over = True
+            landing.close_unused()
             self._due = self._ranges
             self._work.notify()
 
@@ -80,15 +102,16 @@ class Flusher:
                     return
                 fresh = list(self._queue)
                 self._queue.clear()
-            for fd, offset, length in fresh:
-                start_flush(fd, offset, length)
+            for landing, offset, length in fresh:
+                start_flush(landing.fd, offset, length)
             self._started.extend(fresh)
             self._finish(*self._started.popleft())
 
-    def _finish(self, fd: int, offset: int, length: int) -> None:
-        flush_range(fd, offset, length)
-        os.close(fd)
+    def _finish(self, landing: Landing, offset: int, length: int) -> None:
+        flush_range(landing.fd, offset, length)
         with self._work:
+            landing.ranges -= 1
+            landing.close_unused()
             self.dirty -= length
             self._ranges -= 1
             self._due = max(0, self._due - 1)
@@ -101,5 +124,6 @@ class Flusher:
             self._work.notify()
         if self._thread is not None:
             self._thread.join(1.0)
-        for fd, _, _ in (*self._queue, *self._started):
-            os.close(fd)
+        for landing, _, _ in (*self._queue, *self._started):
+            landing.over, landing.ranges = True, 0
+            landing.close_unused()
