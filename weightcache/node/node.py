@@ -167,6 +167,8 @@ class Node:
         return encode_manifest(manifest) if manifest is not None else None
 
     def peer_joined(self, peer: Peer) -> None:
+        if peer.bulk is not None:
+            self._receiver.start()  # a first load should not wait for a process
         self.blobs.peer_joined(peer)
 
     def peer_left(self, peer: Peer) -> None:
