@@ -21,7 +21,7 @@ from bench.run import Run
 from bench.standing import ROOT
 from bench.table import Column, Row, Table, at_most
 from tests.fleet.daemons import Daemon
-from tests.servers.loop import free_ports, spawn, wait_until
+from tests.servers.loop import spawn, wait_until
 
 MS = "{:.1f}"
 LATENCIES = (
@@ -204,9 +204,8 @@ class _Ready:
 
     def __init__(self, root: Path) -> None:
         root.mkdir(exist_ok=True)
-        (port,) = free_ports(1)
         command = [str(Path(sys.executable).parent / "weightcache"), "daemon"]
-        command += [f"--store={root / 'store'}", f"--socket={root / 'sock'}", f"--listen=127.0.0.1:{port}"]
+        command += [f"--store={root / 'store'}", f"--socket={root / 'sock'}", "--listen=127.0.0.1:0"]
         began = time.perf_counter()
         self._process = spawn(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert self._process.stdout is not None
