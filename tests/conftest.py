@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +42,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield server
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Leave nothing outside the checkout: pytest keeps the directory above its temporary ones, even if empty."""
+    folder = Path(tempfile.gettempdir()) / f"pytest-of-{getpass.getuser()}"
+    for link in folder.glob("*current"):
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # not while another run, or a failure, has something there

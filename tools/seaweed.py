@@ -72,7 +72,7 @@ class Seaweed:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self._directory,
-                env={"PATH": os.environ["PATH"], "HOME": str(self._directory)},
+                env={"PATH": os.environ["PATH"], "HOME": str(self._directory), "TMPDIR": str(self._directory)},
                 preexec_fn=die_with_parent,
                 start_new_session=True,  # a terminal's Ctrl-C is for whoever started us
             )
@@ -100,6 +100,9 @@ class Seaweed:
             self._process.wait()
             self._process = None
             self._buckets.clear()  # with the connections that are dead now
+            for port in (port for pair in self._ports.values() for port in pair):
+                for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # it knows no other place for them
+                    left.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         self.start()
