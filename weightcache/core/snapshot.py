@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgpack
 from blake3 import blake3
@@ -168,5 +168,5 @@ def adopt(snapshot: Snapshot, source: Source, now: float) -> Snapshot:
     )
 
 
-def is_blob_id(name: Any) -> bool:
+def is_blob_id(name: Any) -> TypeGuard[bytes]:
     return isinstance(name, bytes) and len(name) == ID_BYTES

@@ -26,8 +26,8 @@ from typing import Any, Protocol, cast
 import msgpack
 
 from weightcache.config import Address, parse_address
-from weightcache.core.ids import ID_BYTES
 from weightcache.core.layout import MAX_CHUNKS
+from weightcache.core.snapshot import is_blob_id
 from weightcache.core.source import MAX_SOURCE
 from weightcache.directory.base import Member
 from weightcache.errors import ProtocolError, WeightcacheError
@@ -409,6 +409,6 @@ def _are_chunks(items: list[Any]) -> bool:
 
 
 def _blob(item: Body) -> bytes:
-    if not isinstance(item, bytes) or len(item) != ID_BYTES:
+    if not is_blob_id(item):
         raise ProtocolError("a blob's id is malformed")
     return item
