@@ -8,10 +8,10 @@ each warms up; it is the one in which memory is sampled, since that costs CPU.
 
 from __future__ import annotations
 
-import mmap
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from bench.table import Column, Row, Table
 DIRTY = 32 << 20  # bytes not yet written: as good as none
 DRAIN_SECONDS = 120.0
 QUIET = 0.2  # cores that other work may take during a turn
-TOUCHED = 3  # times what a turn moves: the page cache does not take all of it
+TOUCHED = 2  # times what a turn moves
 MOST = 3  # times as many turns as are to count
 
 SPEED = Column("speed", "GB/s", "{:.2f}", bars=True)
@@ -123,15 +123,18 @@ def dirty_room(folder: Path) -> int:
     return min(slowed * os.sysconf("SC_PAGE_SIZE") // 4, free // 4)
 
 
-def touch(size: int) -> None:
-    """Have the kernel's free memory hold ``size`` bytes that were in use just now.
+def touch(folder: Path, size: int) -> None:
+    """Have the kernel's free memory hold ``size`` bytes that were a file's just now.
 
-    Under a hypervisor, memory that this machine has not used for a second is not there: its first use takes five times
-    as long, and would be the page cache's in some turns and not in others.
+    Under a hypervisor, memory that this machine has not used for a second is not there: its first use takes up to
+    twenty times as long, and would be the page cache's in some turns and not in others. What was freed by a file goes
+    to the next file; what was a process' own memory often does not.
     """
-    with mmap.mmap(-1, size) as memory:
-        for at in range(0, size, mmap.PAGESIZE):
-            memory[at] = 1
+    block = bytes(8 << 20)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        for at in range(0, size, len(block)):
+            os.pwrite(file.fileno(), block[: size - at], at)
 
 
 def take_turns(contenders: Sequence[Contender], run: Run) -> list[Tally]:
@@ -145,7 +148,7 @@ def take_turns(contenders: Sequence[Contender], run: Run) -> list[Tally]:
                 contender.clear()
                 contender.prepare()
                 drain()
-                touch(TOUCHED * contender.size)
+                touch(run.folder, TOUCHED * contender.size)
                 (_turn if number else _warm_up)(contender, tally)
             except (
                 Unavailable,
