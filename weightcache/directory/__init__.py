@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from weightcache.config import Config, parse_address, parse_discover
-from weightcache.directory.base import Changed, Directory, Member, View
+from weightcache.directory.base import Changed, Directory, Member, Registry, View, manifest_name, snapshot_name
 from weightcache.directory.dns import DnsDirectory
 from weightcache.directory.static import StaticDirectory
 from weightcache.directory.steady import SteadyDirectory
 
-__all__ = ["Changed", "Directory", "Member", "View", "open_directory"]
+__all__ = [
+    "Changed",
+    "Directory",
+    "Member",
+    "Registry",
+    "View",
+    "manifest_name",
+    "open_directory",
+    "registry_of",
+    "snapshot_name",
+]
 
 
 def open_directory(config: Config, key: bytes | None) -> Directory:
@@ -23,3 +33,9 @@ def open_directory(config: Config, key: bytes | None) -> Directory:
     if kind == "dns":
         return SteadyDirectory(DnsDirectory(name, port or listen.port))
     return StaticDirectory(config.peers)
+
+
+def registry_of(directory: Directory) -> Registry | None:
+    """What a directory can do besides telling who is alive; None: nothing."""
+    inner = directory.inner if isinstance(directory, SteadyDirectory) else directory
+    return inner if isinstance(inner, Registry) else None

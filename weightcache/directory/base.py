@@ -6,9 +6,9 @@ directory costs news, never a running load.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +39,44 @@ class Directory(Protocol):
 
     def view(self) -> View:
         """Who is believed to be alive now."""
+
+
+@runtime_checkable
+class Registry(Protocol):
+    """What a directory may be able to do besides: tell who holds a blob, and keep for all what one host has learned.
+
+    None of it raises for want of the directory. What is read back is bounded in size and no more than somebody's word.
+    """
+
+    @property
+    def trouble(self) -> str:
+        """Why it cannot be asked now, in one line; empty while it can."""
+
+    def announce(self, blobs: Iterable[bytes], *, complete: bool) -> None:
+        """This host holds blobs from now on: all or (not ``complete``) some of each. Told soon, many at once, and
+        again for as long as this host lives, until ``withdraw``."""
+
+    def withdraw(self, blobs: Iterable[bytes]) -> None:
+        """It does not any more."""
+
+    async def holders(self, blob: bytes, limit: int) -> list[Member]:
+        """Up to ``limit`` living peers that hold a blob, complete ones first, random among equals; never oneself."""
+
+    async def teach(self, name: str, data: bytes) -> bool:
+        """Keep ``data`` (at most MAX_TAUGHT bytes) for all under ``name``, see below; whether that worked."""
+
+    async def learned(self, name: str) -> bytes | None:
+        """What was taught under ``name``, if one who knows the cluster key taught it; its time starts anew."""
+
+
+MAX_TAUGHT = 32 << 20  # bytes
+
+
+def snapshot_name(source: str) -> str:
+    """What an encoded snapshot of a source is taught under. ``source`` without a query: that may be a secret."""
+    return f"snapshot:{source}"
+
+
+def manifest_name(blob: bytes) -> str:
+    """What an encoded manifest is taught under."""
+    return f"manifest:{blob.hex()}"

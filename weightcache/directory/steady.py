@@ -58,7 +58,7 @@ class SteadyDirectory:
     """Any directory, its view made steady."""
 
     def __init__(self, inner: Directory, hold: float = HOLD) -> None:
-        self._inner = inner
+        self.inner = inner
         self._steady = SteadyView(hold)
         self._told: View = frozenset()
         self._changed: Changed | None = None
@@ -66,13 +66,13 @@ class SteadyDirectory:
 
     async def start(self, me: Member, changed: Changed) -> None:
         self._changed = changed
-        await self._inner.start(me, self._update)
+        await self.inner.start(me, self._update)
 
     async def close(self) -> None:
         self._changed = None
         if self._timer is not None:
             self._timer.cancel()
-        await self._inner.close()
+        await self.inner.close()
 
     def view(self) -> View:
         return self._told
