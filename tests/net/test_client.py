@@ -74,9 +74,9 @@ def test_a_blob_arrives_from_a_real_sender(tmp_path: Path, target: Path, streams
         receiver.answers(len(wanted))
         assert not receiver.failed
         for index, (offset, length) in enumerate(manifest.plan):
-            chunk, care, size, seconds = receiver.got[index]
+            chunk, care, size, seconds, hashing, writing = receiver.got[index]
             assert (chunk, care, size) == (manifest.id(index), check(data[offset : offset + length]), length)
-            assert 0 < seconds < SECONDS
+            assert 0 < hashing + writing < seconds < SECONDS
     assert target.read_bytes() == data
 
 

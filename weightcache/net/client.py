@@ -15,9 +15,9 @@ wrong is charged to its request; the others of that connection fail as "reset".
 
     node -> receiver                                  receiver -> node
     ["config", {ReceiverConfig}]
-    ["peer", peer, host, port]   a numeric address    ["got", [[request, chunk id, xxh3-128, length, seconds], ...]]
-    ["forget", peer]                                  ["failed", [[request, kind, detail, wait_ms], ...]]
-    ["blob", handle] + fd, writable
+    ["peer", peer, host, port]   a numeric address    ["got", [[request, chunk id, xxh3-128, length, seconds,
+    ["forget", peer]                                      hashing, writing], ...]]
+    ["blob", handle] + fd, writable                   ["failed", [[request, kind, detail, wait_ms], ...]]
     ["close", handle]
     ["get", peer, [[request, handle, blob, index, offset, length, chunk id or b""], ...]]
     ["cancel", [request, ...]]
@@ -42,7 +42,7 @@ from typing import Any
 from blake3 import blake3
 
 from weightcache.core.ids import short
-from weightcache.core.landing import ChunkMismatch, land
+from weightcache.core.landing import ChunkMismatch, Spent, land
 from weightcache.core.layout import CHUNK
 from weightcache.core.wire import Frame, Kind, Link, Port, Role
 from weightcache.errors import ProtocolError
@@ -95,7 +95,7 @@ class Fetch:
 class Arrival:
     """The chunk whose bytes are coming in: where they go, what they hash to so far."""
 
-    __slots__ = ("buffer", "expected", "fetch", "got", "hasher")
+    __slots__ = ("buffer", "expected", "fetch", "got", "hasher", "spent")
 
     def __init__(self, fetch: Fetch, expected: bytes, buffer: memoryview) -> None:
         self.fetch = fetch
@@ -103,6 +103,7 @@ class Arrival:
         self.buffer = buffer
         self.got = 0
         self.hasher = blake3()
+        self.spent = Spent()
 
 
 class Stream:
@@ -337,7 +338,9 @@ class Receiver:
     def _arrived(self, stream: Stream, arrival: Arrival, count: int) -> None:
         """The next ``count`` bytes of a chunk are in its buffer."""
         if not arrival.fetch.dead:
+            began = time.perf_counter()
             arrival.hasher.update(arrival.buffer[arrival.got : arrival.got + count])
+            arrival.spent.hashing += time.perf_counter() - began
         arrival.got += count
         stream.link.moved(count)
         if not stream.link.bytes_left:
@@ -346,19 +349,22 @@ class Receiver:
             self._release(arrival)
 
     def _land(self, arrival: Arrival) -> None:
-        fetch = arrival.fetch
+        fetch, spent = arrival.fetch, arrival.spent
         if fetch.dead:
             return
         data = arrival.buffer[: fetch.length]
         try:
-            chunk, check = land(self._handles[fetch.handle], fetch.offset, data, arrival.expected, arrival.hasher)
+            chunk, check = land(
+                self._handles[fetch.handle], fetch.offset, data, arrival.expected, arrival.hasher, spent
+            )
         except ChunkMismatch as error:
             self._fail(fetch, "mismatch", str(error))
         except OSError as error:
             self._fail(fetch, "disk", error.strerror or str(error))
         else:
             del self._fetches[fetch.number]
-            self._got.append([fetch.number, chunk, check, fetch.length, time.monotonic() - fetch.asked_at])
+            seconds = time.monotonic() - fetch.asked_at
+            self._got.append([fetch.number, chunk, check, fetch.length, seconds, spent.hashing, spent.writing])
 
     def _release(self, arrival: Arrival) -> None:
         if len(self._buffers) < _SPARE_BUFFERS:

@@ -21,7 +21,8 @@ from weightcache.errors import LoadFailed, SourceChanged, SourceError, Weightcac
 from weightcache.node.blobs import Blobs, rank
 from weightcache.node.report import Report, Tally
 from weightcache.node.resolver import Resolver
-from weightcache.node.transfers import Incoming
+from weightcache.node.spans import joined
+from weightcache.node.transfers import COMING, Incoming
 from weightcache.node.trust import Trust
 from weightcache.store import Store
 
@@ -67,6 +68,7 @@ class Loading:
         self._tally = Tally()
         self._stages: dict[str, float] = {}
         self._began = time.monotonic()
+        self._first: float | None = None  # when the first chunk was had
         self._wanted: list[bytes] = []
         self._leases: list[bytes] = []
         self._brought: list[Incoming] = []
@@ -197,6 +199,7 @@ class Loading:
             self._tally.local += had
 
             def heard(begin: int, end: int) -> None:
+                self._first = self._first or time.monotonic()
                 file.had += end - begin
                 if self._on_had is not None:
                     self._on_had(index, begin, end)
@@ -234,6 +237,8 @@ class Loading:
             self.tally(),
             time.monotonic() - self._began,
             self._stages,
+            self._first and self._first - self._began,
+            {name: joined((c.spans[name] for c in self._brought), self._began) for name in COMING},
         )
 
     def _raise(self, file: File, error: BaseException | None) -> None:

@@ -8,7 +8,8 @@ Messages to it (arrays; ``call`` and ``request`` are the node's numbers, descrip
 
 A chunk is (index, offset, length, expected id or b""). From it, besides answers and errors to calls:
 
-    got [[request, index, id, check, length, seconds], ...]     failed [[request, kind, detail, wait, class], ...]
+    got [[request, index, id, check, length, seconds, hashing, writing], ...]
+    failed [[request, kind, detail, wait, class], ...]
 
 One read is one attempt: when to try again, and whom to ask instead, is for the planner to say.
 """
@@ -31,7 +32,7 @@ import uvloop
 from weightcache.config import OriginConfig
 from weightcache.core.events import Kind
 from weightcache.core.ids import Buffer
-from weightcache.core.landing import ChunkMismatch, land
+from weightcache.core.landing import ChunkMismatch, Spent, land
 from weightcache.core.layout import plan_from_head
 from weightcache.core.manifest import encode_plan
 from weightcache.core.snapshot import FileEntry, decode_snapshot, encode_snapshot
@@ -181,16 +182,18 @@ class Reader:
 
     async def _land(self, request: int, target: _Target, chunk: Chunk, data: Buffer, began: float) -> None:
         index, offset, length, expected = chunk
+        spent = Spent()
         fd = os.dup(target.fd)  # the blob may be closed while a thread still writes
 
         def work() -> tuple[bytes, bytes]:
             try:
-                return land(fd, offset, data, expected)
+                return land(fd, offset, data, expected, spent=spent)
             except OSError as error:
                 raise _DiskError(f"writing the store: {error.strerror}; see its disk") from None
 
         name, check = await self._thread(fd, work)
-        self._post("got", [[request, index, name, check, length, time.monotonic() - began]])
+        seconds = time.monotonic() - began
+        self._post("got", [[request, index, name, check, length, seconds, spent.hashing, spent.writing]])
 
     def _thread(self, fd: int, work: Callable[[], Result]) -> asyncio.Future[Result]:
         """Run ``work`` on ``fd`` in a thread. The descriptor is closed after it, also when it is cancelled first."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from weightcache.node.spans import Span
 
 MAX_FALLBACKS = 100  # reasons kept of one load
 
@@ -16,10 +18,14 @@ class Tally:
     origin: int = 0
     peers: dict[str, int] = field(default_factory=dict)  # by the peer's control address
     fallbacks: list[str] = field(default_factory=list)
+    hashing: float = 0.0  # seconds, summed over chunks: some are hashed at the same time
+    writing: float = 0.0
 
     def add(self, other: Tally) -> None:
         self.local += other.local
         self.origin += other.origin
+        self.hashing += other.hashing
+        self.writing += other.writing
         for peer, size in other.peers.items():
             self.peers[peer] = self.peers.get(peer, 0) + size
         for reason in other.fallbacks:
@@ -31,7 +37,7 @@ class Tally:
             self.fallbacks.append(reason)
 
     def copy(self) -> Tally:
-        return Tally(self.local, self.origin, dict(self.peers), list(self.fallbacks))
+        return replace(self, peers=dict(self.peers), fallbacks=list(self.fallbacks))
 
     def since(self, earlier: Tally) -> Tally:
         """What came after ``earlier`` was copied from this."""
@@ -41,12 +47,18 @@ class Tally:
             self.origin - earlier.origin,
             {peer: size for peer, size in peers.items() if size},
             self.fallbacks[len(earlier.fallbacks) :],
+            self.hashing - earlier.hashing,
+            self.writing - earlier.writing,
         )
 
 
 @dataclass(slots=True)
 class Report:
-    """One finished load, as ``pull --json`` prints it. ``path`` is the snapshot's directory, or its one file."""
+    """One finished load, as ``pull --json`` prints it. ``path`` is the snapshot's directory, or its one file.
+
+    ``first``: seconds until the first chunk was had, None if none came. ``coming``: when chunks came from "origin",
+    "peers" and "local", in seconds after the load's start; a chunk comes from the moment it is asked for.
+    """
 
     source: str
     revision: str
@@ -55,6 +67,8 @@ class Report:
     tally: Tally
     seconds: float
     stages: dict[str, float]  # seconds spent in "resolve", "plan", "transfer", "link"
+    first: float | None
+    coming: dict[str, list[Span]]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,5 +79,11 @@ class Report:
             "bytes_by_source": {"local": self.tally.local, "peer": self.tally.peers, "origin": self.tally.origin},
             "seconds": round(self.seconds, 6),
             "stages": {stage: round(seconds, 6) for stage, seconds in self.stages.items()},
+            "transfer": {
+                "first": None if self.first is None else round(self.first, 6),
+                "hashing": round(self.tally.hashing, 6),
+                "writing": round(self.tally.writing, 6),
+                **{name: [[round(at, 4) for at in span] for span in spans] for name, spans in self.coming.items()},
+            },
             "fallbacks": self.tally.fallbacks,
         }

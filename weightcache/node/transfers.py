@@ -53,6 +53,7 @@ from weightcache.errors import BlobCorrupt, FormatError, WeightcacheError, from_
 from weightcache.log import fields
 from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
+from weightcache.node.spans import Spans
 from weightcache.node.swarm import Peer, State
 from weightcache.node.trust import Trust
 from weightcache.store import Flusher, Landing, Store, default_budget
@@ -61,6 +62,8 @@ log = logging.getLogger(__name__)
 
 RESTART_SECONDS = 0.5  # for which a bulk process that died is not asked
 _BATCH = 256  # chunks in one message to a bulk process
+
+COMING = ("origin", "peers", "local")  # where chunks come from
 
 Heard = Callable[[int, int], None]  # of bytes [begin, end) that are had now
 
@@ -76,6 +79,7 @@ class Incoming:
     handle: int
     done: asyncio.Future[None]
     tally: Tally = field(default_factory=Tally)
+    spans: dict[str, Spans] = field(default_factory=lambda: {name: Spans() for name in COMING})
     listeners: list[Heard] = field(default_factory=list)
     users: int = 0
     local: dict[int, tuple[bytes, int]] = field(default_factory=dict)  # chunk -> (blob, its chunk) on this disk
@@ -334,14 +338,14 @@ class Transfers:
                 events: list[Event] = []
                 for row in rows:
                     # the receiver's requests have one chunk each and do not repeat which
-                    request, index, name, check, length = row[:5] if role == "origin" else [row[0], None, *row[1:4]]
+                    request, index, name, check, length, *spent = row if role == "origin" else [row[0], None, *row[1:]]
                     if (known := self._requests.get(request)) is not None:
                         coming, fetch, left = known
                         chunk = fetch.chunks[0] if index is None else index
                         left.discard(chunk)
                         if not left:
                             del self._requests[request]
-                        events.append(self._landed(coming, fetch, chunk, name, check, length))
+                        events.append(self._landed(coming, fetch, chunk, name, check, length, *spent))
                 self._feed(*events)
             case ["failed", rows]:
                 for request, kind, detail, wait, *error in rows:
@@ -351,8 +355,14 @@ class Transfers:
                 return False
         return True
 
-    def _landed(self, coming: Incoming, fetch: Fetch, chunk: int, name: bytes, check: bytes, length: int) -> Event:
-        """A chunk is written: record that it is had, and tell. What comes of it for the planner."""
+    def _landed(
+        self, coming: Incoming, fetch: Fetch, chunk: int, name: bytes, check: bytes, length: int,
+        seconds: float, hashing: float, writing: float,
+    ) -> Event:  # fmt: skip
+        """A chunk is written: record that it is had, and tell. What comes of it for the planner.
+
+        It came ``seconds`` after it was asked for; ``hashing`` and ``writing`` are seconds, too.
+        """
         if chunk in coming.had:
             return Got(fetch.request, chunk)
         try:
@@ -366,12 +376,16 @@ class Transfers:
         coming.manifest.learn(chunk, name, check)
         coming.had.add(chunk)
         for tally in (coming.tally, self.moved):
+            tally.hashing += hashing
+            tally.writing += writing
             if isinstance(via, bytes):
                 tally.peers[self._name(via)] = tally.peers.get(self._name(via), 0) + length
             elif via is Via.ORIGIN:
                 tally.origin += length
             else:
                 tally.local += length
+        now = time.monotonic()  # the bulk processes' clock
+        coming.spans["peers" if isinstance(via, bytes) else via.value].add(now - seconds, now)
         begin, _ = coming.manifest.plan.span(chunk)
         self._flusher.landed(coming.writer, begin, length)
         for listener in coming.listeners:
