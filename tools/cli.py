@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+_ALLOW = "of a directory only files like this, * crossing /; may be repeated"
+_IGNORE = "but no files like this; may be repeated"
 AT_ONCE = 4  # sources that one pull loads together
 
 _EPILOG = f"""\
@@ -99,8 +101,10 @@ def pull(
     as_json: bool,
     sources: Sources,
     revalidate: Annotated[bool, typer.Option("--revalidate", help="ask the origin for the current version")] = False,
+    allow: Annotated[list[str] | None, typer.Option("--allow", metavar="GLOB", help=_ALLOW)] = None,
+    ignore: Annotated[list[str] | None, typer.Option("--ignore", metavar="GLOB", help=_IGNORE)] = None,
 ) -> None:
-    """Bring sources here, whole.
+    """Bring sources here, whole or in part.
 
     What was interrupted goes on where it stopped. All sources are tried; the exit code is the first failure's.
 
@@ -110,13 +114,15 @@ def pull(
     \b
     weightcache pull hf://org/name@main
     weightcache pull s3://models/sdxl/ s3://loras/anime.safetensors
+    weightcache pull hf://org/name --allow '*.json' --allow '*.safetensors' --ignore '*.fp16.*'
     """
-    code = asyncio.run(_pull(config, sources, revalidate, as_json))
+    wanted = {"revalidate": revalidate, "allow": allow or None, "ignore": ignore or None}
+    code = asyncio.run(_pull(config, sources, wanted, as_json))
     if code:
         raise typer.Exit(code)
 
 
-async def _pull(config: Config, sources: list[str], revalidate: bool, as_json: bool) -> int:
+async def _pull(config: Config, sources: list[str], wanted: Json, as_json: bool) -> int:
     from weightcache.tools.progress import pulling
 
     gate = asyncio.Semaphore(AT_ONCE)
@@ -126,7 +132,7 @@ async def _pull(config: Config, sources: list[str], revalidate: bool, as_json: b
             async def one(source: str) -> Json | WeightcacheError:
                 async with gate:
                     try:
-                        report = await client.pull(source, bar(source), revalidate=revalidate)
+                        report = await client.pull(source, bar(source), **wanted)
                     except WeightcacheError as error:
                         return error
                 if as_json:

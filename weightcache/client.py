@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -35,6 +35,7 @@ MAX_LINE = 64 << 20  # bytes of one event: a snapshot of many files is large
 Json = dict[str, Any]
 Result = TypeVar("Result")
 Progress = Callable[[Json], None]
+Globs = Sequence[str] | str | None  # glob patterns over the paths of a snapshot's files
 
 
 class Load:
@@ -110,22 +111,43 @@ class Client:
 
     # -- loading
 
-    async def load(self, source: str, *, revalidate: bool = False, single: bool = False, hold: bool = True) -> Load:
+    async def load(
+        self,
+        source: str,
+        *,
+        revalidate: bool = False,
+        single: bool = False,
+        hold: bool = True,
+        allow: Globs = None,
+        ignore: Globs = None,
+    ) -> Load:
         """Start a load; returns once its files may be mapped. ``single``: refuse what is not one file.
 
         ``revalidate``: ask the origin for the current version whatever is known. Without ``hold``, the leases end when
-        all is had.
+        all is had. ``allow``, ``ignore``: glob patterns; of a directory only those files are loaded that match one of
+        ``allow`` (None: all) and none of ``ignore``. Raises SourceNotFound if that leaves none.
         """
-        body = {"source": source, "revalidate": revalidate, "single": single, "hold": hold}
+        body = {"source": source, "revalidate": revalidate, "single": single, "hold": hold, **_globs(allow, ignore)}
         response = await self._request("POST", "/v1/load", body)
         events = _events(response)
         async for event in events:
             return Load(response, events, event)
         raise DaemonError("the daemon ended before the load began; load again")
 
-    async def pull(self, source: str, on_event: Progress | None = None, *, revalidate: bool = False) -> Json:
-        """Bring a source here, whole; returns the report. ``on_event`` hears of the snapshot, then of progress."""
-        load = await self.load(source, revalidate=revalidate, hold=False)
+    async def pull(
+        self,
+        source: str,
+        on_event: Progress | None = None,
+        *,
+        revalidate: bool = False,
+        allow: Globs = None,
+        ignore: Globs = None,
+    ) -> Json:
+        """Bring a source here; returns the report. ``on_event`` hears of the snapshot, then of progress.
+
+        All of it, unless ``allow`` and ``ignore`` say otherwise: see ``load``.
+        """
+        load = await self.load(source, revalidate=revalidate, hold=False, allow=allow, ignore=ignore)
         try:
             if on_event is not None:
                 on_event(load.snapshot)
@@ -135,9 +157,18 @@ class Client:
 
     # -- everything else
 
-    async def path(self, source: str) -> Path:
-        """The real path of a complete file, or of a snapshot's directory. Raises UnknownBlob."""
-        return Path((await self._json("POST", "/v1/path", {"source": source}))["path"])
+    async def files(self, source: str, *, revalidate: bool = False, allow: Globs = None, ignore: Globs = None) -> Json:
+        """What a source holds, without bringing it: ``revision``, ``directory``, ``files`` (path, size, here)."""
+        body = {"source": source, "revalidate": revalidate, **_globs(allow, ignore)}
+        return dict(await self._json("POST", "/v1/files", body))
+
+    async def path(self, source: str, *, allow: Globs = None, ignore: Globs = None) -> Path:
+        """The real path of a complete file, or of a snapshot's directory; asks nobody but this host.
+
+        Raises UnknownBlob unless every file that is meant is complete.
+        """
+        body = {"source": source, **_globs(allow, ignore)}
+        return Path((await self._json("POST", "/v1/path", body))["path"])
 
     async def ls(self) -> Json:
         """Snapshots and blobs of the store."""
@@ -254,6 +285,13 @@ class Client:
         return path
 
 
+def _globs(allow: Globs, ignore: Globs) -> Json:
+    return {
+        key: [given] if isinstance(given, str) else None if given is None else list(given)
+        for key, given in (("allow", allow), ("ignore", ignore))
+    }
+
+
 async def _answers(path: Path) -> bool:
     """Whether something listens on a Unix socket."""
     try:
@@ -318,12 +356,37 @@ class SyncClient:
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self._portal.run(work)
 
-    def pull(self, source: str, on_event: Progress | None = None, *, revalidate: bool = False) -> Json:
-        """See Client.pull. ``on_event`` is called in the client's thread."""
-        return self._run(self._client.pull(source, on_event, revalidate=revalidate))
+    @property
+    def embedded(self) -> bool:
+        """See Client.embedded."""
+        return self._client.embedded
 
-    def path(self, source: str) -> Path:
-        return self._run(self._client.path(source))
+    def pull(
+        self,
+        source: str,
+        on_event: Progress | None = None,
+        *,
+        revalidate: bool = False,
+        allow: Globs = None,
+        ignore: Globs = None,
+    ) -> Json:
+        """See Client.pull. ``on_event`` is called in the client's thread."""
+        return self._run(self._client.pull(source, on_event, revalidate=revalidate, allow=allow, ignore=ignore))
+
+    @contextlib.contextmanager
+    def holding(self, source: str, *, allow: Globs = None, ignore: Globs = None) -> Iterator[Json]:
+        """Like ``pull``, with leases on what it brought for as long as the block runs."""
+        load = self._run(self._client.load(source, allow=allow, ignore=ignore))
+        try:
+            yield self._run(load.report())
+        finally:
+            self._portal.soon(load.close)
+
+    def files(self, source: str, *, revalidate: bool = False, allow: Globs = None, ignore: Globs = None) -> Json:
+        return self._run(self._client.files(source, revalidate=revalidate, allow=allow, ignore=ignore))
+
+    def path(self, source: str, *, allow: Globs = None, ignore: Globs = None) -> Path:
+        return self._run(self._client.path(source, allow=allow, ignore=ignore))
 
     def ls(self) -> Json:
         return self._run(self._client.ls())

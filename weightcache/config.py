@@ -23,6 +23,7 @@ MAX_SOCKET_PATH = 107  # bytes: what a sockaddr_un holds besides the closing zer
 MIN_KEY, MAX_KEY = 16, 4096  # bytes of a cluster key
 _PREFIX = "WEIGHTCACHE_"
 _FILE_VARIABLE = "WEIGHTCACHE_CONFIG"
+_NO_SETTINGS = {_FILE_VARIABLE, "WEIGHTCACHE_INSTALL"}  # that one is a worker's: weightcache.runtime.install
 _DEFAULT_FILE = "~/.config/weightcache/config.toml"
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
@@ -387,7 +388,7 @@ def load_config(
         for key, value in _flat(_parse_toml(path), keys):
             said.append((f"{path}: {key}", _known(key, keys, str(path)), value))
     for variable, value in environ.items():
-        if variable.startswith(_PREFIX) and variable != _FILE_VARIABLE:
+        if variable.startswith(_PREFIX) and variable not in _NO_SETTINGS:
             said.append((variable, _known(variable, variables, "environment"), value))
     for key, value in (overrides or {}).items():
         if value is not None:

@@ -24,6 +24,7 @@ from aiohttp import web
 
 from weightcache.config import Config, parse_address
 from weightcache.core.manifest import Manifest
+from weightcache.core.patterns import MAX_PATTERN, MAX_PATTERNS, Patterns
 from weightcache.core.snapshot import FileEntry
 from weightcache.errors import (
     ConfigError,
@@ -77,6 +78,7 @@ def build_app(node: Node) -> web.Application:
             web.get("/v1/peers", _peers),
             web.get("/v1/ls", _ls),
             web.post("/v1/load", _load),
+            web.post("/v1/files", _files),
             web.post("/v1/path", _path),
             web.post("/v1/pin", _pin),
             web.post("/v1/unpin", _unpin),
@@ -149,6 +151,15 @@ def _names(body: Json, path: str) -> list[str]:
     return list(names)
 
 
+def _patterns(body: Json, path: str) -> Patterns:
+    for key in ("allow", "ignore"):
+        given = body[key] or []
+        if len(given) > MAX_PATTERNS or not all(isinstance(text, str) and len(text) <= MAX_PATTERN for text in given):
+            limits = f"{MAX_PATTERNS} patterns of {MAX_PATTERN} characters"
+            raise ConfigError(f"{path}: {key!r} must be a list of at most {limits}")
+    return Patterns.of(body["allow"], body["ignore"])
+
+
 async def _health(request: web.Request) -> web.Response:
     return web.json_response({"ok": True})
 
@@ -172,8 +183,16 @@ async def _ls(request: web.Request) -> web.Response:
 
 
 async def _path(request: web.Request) -> web.Response:
-    body = await _body(request, source=str)
-    return web.json_response({"path": str(await request.app[_NODE].path(body["source"] or ""))})
+    body = await _body(request, source=str, allow=list, ignore=list)
+    path = await request.app[_NODE].path(body["source"] or "", _patterns(body, request.path))
+    return web.json_response({"path": str(path)})
+
+
+async def _files(request: web.Request) -> web.Response:
+    body = await _body(request, source=str, revalidate=bool, allow=list, ignore=list)
+    patterns = _patterns(body, request.path)
+    found = await request.app[_NODE].files(body["source"] or "", patterns, revalidate=bool(body["revalidate"]))
+    return web.json_response(found)
 
 
 async def _pin(request: web.Request) -> web.Response:
@@ -247,7 +266,8 @@ async def _verify(request: web.Request) -> web.StreamResponse:
 
 
 async def _load(request: web.Request) -> web.StreamResponse:
-    body = await _body(request, source=str, revalidate=bool, single=bool, hold=bool)
+    body = await _body(request, source=str, revalidate=bool, single=bool, hold=bool, allow=list, ignore=list)
+    patterns = _patterns(body, request.path)
     news: dict[int, list[tuple[int, int]]] = {}
     arrived = asyncio.Event()
 
@@ -256,7 +276,8 @@ async def _load(request: web.Request) -> web.StreamResponse:
         arrived.set()
 
     node = request.app[_NODE]
-    async with node.load(body["source"] or "", on_had, revalidate=bool(body["revalidate"])) as loading:
+    revalidate = bool(body["revalidate"])
+    async with node.load(body["source"] or "", on_had, revalidate=revalidate, patterns=patterns) as loading:
         await loading.opened(single=bool(body["single"]))  # what fails before the first byte has a status of its own
         response = await _lines(request)
         await _say(response, loading.describe())

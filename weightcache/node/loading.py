@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from weightcache.core.patterns import EVERYTHING, Patterns
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
-from weightcache.errors import LoadFailed, SourceChanged, SourceError, WeightcacheError
+from weightcache.errors import LoadFailed, SourceChanged, SourceError, SourceNotFound, WeightcacheError
 from weightcache.node.blobs import Blobs, rank
 from weightcache.node.report import Report, Tally
 from weightcache.node.resolver import Resolver
@@ -57,6 +58,7 @@ class Loading:
         on_had: Had | None = None,
         *,
         revalidate: bool = False,
+        patterns: Patterns = EVERYTHING,
     ) -> None:
         self.source = source
         self._store = store
@@ -65,6 +67,7 @@ class Loading:
         self._trust = trust
         self._on_had = on_had
         self._revalidate = revalidate
+        self._patterns = patterns
         self._tally = Tally()
         self._stages: dict[str, float] = {}
         self._began = time.monotonic()
@@ -73,7 +76,8 @@ class Loading:
         self._leases: list[bytes] = []
         self._brought: list[Incoming] = []
         self.files: list[File] = []
-        self.snapshot: Snapshot | None = None
+        self.snapshot: Snapshot | None = None  # with just the files that are meant
+        self._whole = True
 
     async def __aenter__(self) -> Self:
         return self
@@ -146,13 +150,15 @@ class Loading:
     async def opened(self, *, single: bool = False) -> Snapshot:
         """Resolve the source and see to every file's manifest and space; transfers run from then on.
 
-        ``single``: raise SourceError unless the source is one file.
+        ``single``: raise SourceError unless the source is one file. Raises SourceNotFound if no file of it is meant.
         """
         now = time.monotonic()
         snapshot = await self._resolver.resolve(self.source, self._tally, revalidate=self._revalidate)
         if single and not snapshot.single:
             raise SourceError(_not_one_file(snapshot))
-        self.snapshot = snapshot
+        self.snapshot = selected(snapshot, self._patterns)
+        self._whole = len(self.snapshot.files) == len(snapshot.files)
+        snapshot = self.snapshot
         now = self._lap("resolve", now)
         unique = {entry.blob: entry for entry in snapshot.files}
         missing = [blob for blob, entry in unique.items() if not (entry.source.is_local or self._is_here(blob))]
@@ -225,7 +231,7 @@ class Loading:
         now = self._lap("transfer", now)
         for reason in self._trust.reasons():
             self._tally.note(reason)
-        path = await asyncio.to_thread(self._store.materialise, self.snapshot)
+        path = await asyncio.to_thread(self._store.materialise, self.snapshot, whole=self._whole)
         self._lap("link", now)
         if self.snapshot.single:
             path = path / self.snapshot.files[0].path
@@ -252,6 +258,17 @@ class Loading:
         if isinstance(error, SourceChanged):  # whatever is known of the source, and however fresh: ask again next time
             self._resolver.doubt(self.source)
         return error
+
+
+def selected(snapshot: Snapshot, patterns: Patterns) -> Snapshot:
+    """The snapshot with just the files that are meant, as one to load or to link. Raises SourceNotFound if none is."""
+    if not patterns:
+        return snapshot
+    files = tuple(entry for entry in snapshot.files if patterns.admit(entry.path))
+    if not files:
+        some = ", ".join(entry.path for entry in snapshot.files[:5])
+        raise SourceNotFound(f"{snapshot.source.public}: no file is left by the patterns ({patterns}); it has: {some}")
+    return replace(snapshot, files=files)
 
 
 def _not_one_file(snapshot: Snapshot) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from weightcache.config import Address, Config, cluster_key, parse_address
 from weightcache.core.manifest import Manifest, encode_manifest
+from weightcache.core.patterns import EVERYTHING, Patterns
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
 from weightcache.core.source import Source, parse_source
 from weightcache.directory import Directory, Member, View, open_directory
@@ -23,7 +24,7 @@ from weightcache.errors import UnknownBlob
 from weightcache.log import fields
 from weightcache.node.blobs import Blobs
 from weightcache.node.calls import OriginCalls
-from weightcache.node.loading import Had, Loading
+from weightcache.node.loading import Had, Loading, selected
 from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
 from weightcache.node.resolver import Resolver, is_shared
@@ -188,10 +189,14 @@ class Node:
 
     # -- what clients ask of this host
 
-    def load(self, source: str, on_had: Had | None = None, *, revalidate: bool = False) -> Loading:
+    def load(
+        self, source: str, on_had: Had | None = None, *, revalidate: bool = False, patterns: Patterns = EVERYTHING
+    ) -> Loading:
         """A load of ``source``, to be entered with ``async with``. Raises SourceError for what is no source."""
         asked = parse_source(source)
-        return Loading(asked, self.store, self.blobs, self.resolver, self.trust, on_had, revalidate=revalidate)
+        return Loading(
+            asked, self.store, self.blobs, self.resolver, self.trust, on_had, revalidate=revalidate, patterns=patterns
+        )
 
     async def known(self, source: Source) -> Snapshot:
         """The snapshot of a source that this host has loaded before, or part of it. Raises UnknownBlob."""
@@ -200,18 +205,40 @@ class Node:
             raise UnknownBlob(f"{source.public} is not in the store; bring it with: weightcache pull {source.public}")
         return snapshot
 
-    async def path(self, source: str) -> Path:
-        """The real path of a complete file or snapshot directory. Raises UnknownBlob if any byte is missing."""
-        snapshot = await self.known(parse_source(source))
-        missing = 0
-        for entry in snapshot.files:
-            info = self.store.info(entry.blob)
-            if info is None or info.state != "complete" or info.suspect:
-                missing += 1
+    def _is_complete(self, entry: FileEntry) -> bool:
+        info = self.store.info(entry.blob)
+        return info is not None and info.state == "complete" and not info.suspect
+
+    async def files(self, source: str, patterns: Patterns = EVERYTHING, *, revalidate: bool = False) -> dict[str, Any]:
+        """What a source holds, as far as it is meant: each file's path, size in bytes, and whether all of it is here.
+
+        The origin is asked as for a load; nothing is brought.
+        """
+        snapshot = await self.resolver.resolve(parse_source(source), Tally(), revalidate=revalidate)
+        return {
+            "source": snapshot.source.public,
+            "revision": snapshot.revision,
+            "directory": str(self.store.directory(snapshot)),
+            "single": snapshot.single,
+            "files": [
+                {"path": entry.path, "size": entry.size, "here": self._is_complete(entry)}
+                for entry in snapshot.files
+                if patterns.admit(entry.path)
+            ],
+        }
+
+    async def path(self, source: str, patterns: Patterns = EVERYTHING) -> Path:
+        """The real path of a complete file or snapshot directory. Raises UnknownBlob if any byte is missing.
+
+        With ``patterns``, just the files that are meant need to be complete; the directory may lack the others.
+        """
+        known = await self.known(parse_source(source))
+        snapshot = selected(known, patterns)
+        missing = sum(not self._is_complete(entry) for entry in snapshot.files)
         if missing:
             name = snapshot.source.public
             raise UnknownBlob(f"{name}: {missing} of its files are not complete; finish with: weightcache pull {name}")
-        directory = await asyncio.to_thread(self.store.materialise, snapshot)
+        directory = await asyncio.to_thread(self.store.materialise, snapshot, whole=len(snapshot.files) == len(known.files))
         return directory / snapshot.files[0].path if snapshot.single else directory
 
     async def manifests(self, source: str) -> list[tuple[FileEntry, Manifest]]:

@@ -35,8 +35,11 @@ class Hub:
                 raise StoreError(f"{snapshot.source.public}: {name!r} is not a directory's name")
         return self.root / snapshot.folder / "snapshots" / snapshot.revision
 
-    def show(self, snapshot: Snapshot, inode: Callable[[bytes], int]) -> Path:
-        """Link every file of a snapshot whose link is missing or wrong; ``inode`` gives that of a blob's file."""
+    def show(self, snapshot: Snapshot, inode: Callable[[bytes], int], *, whole: bool) -> Path:
+        """Link every file of a snapshot whose link is missing or wrong; ``inode`` gives that of a blob's file.
+
+        Not ``whole``: it is a selection of the files, to which no ref may lead.
+        """
         directory = self.directory(snapshot)
         links = [(entry.blob, directory / check_path(entry.path)) for entry in snapshot.files]
         wrong = [(blob, target) for blob, target in links if _inode(target) != inode(blob)]
@@ -46,7 +49,7 @@ class Hub:
             for blob, target in wrong:
                 self._files.link(blob, target)
             make_dir(directory)
-            if snapshot.source.scheme == "hf" and snapshot.source.revision != snapshot.revision:
+            if whole and snapshot.source.scheme == "hf" and snapshot.source.revision != snapshot.revision:
                 self._refer(directory, snapshot.source.revision)
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise StoreError(f"{error.filename}: a file or directory stands in the way; remove it") from None

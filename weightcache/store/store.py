@@ -158,8 +158,11 @@ class Store:
         """Where ``materialise`` puts a snapshot."""
         return self._hub.directory(snapshot)
 
-    def materialise(self, snapshot: Snapshot) -> Path:
-        """Make or mend the snapshot's directory, and return it. Slow. Raises StoreError if a blob is not complete."""
+    def materialise(self, snapshot: Snapshot, *, whole: bool = True) -> Path:
+        """Make or mend the snapshot's directory, and return it. Slow. Raises StoreError if a blob is not complete.
+
+        Not ``whole``: ``snapshot`` holds a selection of the files, and the others are left as they are.
+        """
 
         def inode(blob: bytes) -> int:
             entry = self._catalog.entry(blob)
@@ -168,7 +171,7 @@ class Store:
             return entry.inode
 
         with self._names, _told(self.root):
-            return self._hub.show(snapshot, inode)
+            return self._hub.show(snapshot, inode, whole=whole)
 
     # -- blobs
 
