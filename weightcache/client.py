@@ -196,6 +196,26 @@ class Client:
         """The files of a source with their chunks; an id is None while nobody has read the chunk."""
         return list(await self._json("POST", "/v1/manifest", {"source": source}))
 
+    async def publish(
+        self, source: str, on_event: Progress | None = None, *, to: str = "beside", force: bool = False
+    ) -> list[Json]:
+        """Publish the manifests of a source, which is brought here if it is not; returns a row a file.
+
+        ``to``: "beside" the objects, into the "fleet"'s directory, or a "file" of the caller's, whose content is the
+        base64 in "data". A row's "state" is published, replaced, same, or error. ``force``: replace what differs.
+        """
+        rows = []
+        async for event in _events(
+            await self._request("POST", "/v1/publish", {"source": source, "to": to, "force": force})
+        ):
+            if on_event is not None:
+                on_event(event)
+            if event["event"] == "file":
+                rows.append(event)
+            if event["event"] == "done":
+                return rows
+        raise DaemonError("the daemon ended in the middle of publish; run it again")
+
     async def verify(
         self,
         names: Iterable[str] | None = None,
@@ -408,6 +428,11 @@ class SyncClient:
 
     def manifest(self, source: str) -> list[Json]:
         return self._run(self._client.manifest(source))
+
+    def publish(
+        self, source: str, on_event: Progress | None = None, *, to: str = "beside", force: bool = False
+    ) -> list[Json]:
+        return self._run(self._client.publish(source, on_event, to=to, force=force))
 
     def verify(
         self,

@@ -32,6 +32,7 @@ _UNITS = {"": 1, "B": 1} | {
 }
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
+_SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -180,6 +181,13 @@ def _count(value: object) -> int:
     return int(match[0])
 
 
+def _switch(value: object) -> bool:
+    found = _SWITCH.get(str(value).strip().lower()) if isinstance(value, str | int) else None
+    if found is None:
+        raise ValueError("true or false is expected")
+    return found
+
+
 def _optional(read: Reader) -> Reader:
     """Empty text takes back what an earlier place said."""
     return lambda value: None if value == "" else read(value)
@@ -218,6 +226,10 @@ class OriginConfig:
     attempts: int = field(default=5, metadata=_about(_count, "tries of one read before the load fails"))
     timeout: float = field(
         default=30.0, metadata=_about(_seconds(0.1), "seconds without a byte before a read is given up")
+    )
+    manifests: bool = field(
+        default=True,
+        metadata=_about(_switch, "true or false: look beside an object for the manifest that publish leaves there"),
     )
 
 

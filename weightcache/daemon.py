@@ -1,6 +1,6 @@
 """The daemon: a node behind HTTP on a Unix socket, for workers, the command line, and Prometheus.
 
-JSON in, JSON out; what takes a while (load, verify) answers a line of JSON at a time. A load's leases last as long as
+JSON in, JSON out; what takes a while (load, verify, publish) answers a line of JSON at a time. A load's leases last as long as
 its connection. An error is ``{"error": CLASS, "message": ONE LINE}`` with a status to match; in the middle of a stream
 it is the last line.
 """
@@ -85,6 +85,7 @@ def build_app(node: Node) -> web.Application:
             web.post("/v1/evict", _evict),
             web.post("/v1/verify", _verify),
             web.post("/v1/manifest", _manifest),
+            web.post("/v1/publish", _publish),
         ]
     )
     return app
@@ -296,6 +297,32 @@ async def _load(request: web.Request) -> web.StreamResponse:
             await _say(response, done)
             await asyncio.Event().wait()  # the leases last until the client is gone, which cancels this
     await _say(response, done)  # who holds nothing may evict it from here on
+    return response
+
+
+async def _publish(request: web.Request) -> web.StreamResponse:
+    body = await _body(request, source=str, to=str, force=bool)
+    node = request.app[_NODE]
+    place = node.publisher.check(body["to"] or "beside")
+    arrived = asyncio.Event()
+    # The version that is published is to be the current one.
+    async with node.load(body["source"] or "", lambda *news: arrived.set(), revalidate=True) as loading:
+        files = node.publisher.files(await loading.opened())
+        response = await _lines(request)
+        await _say(response, loading.progress() | {"event": "publishing", "files": len(files)})
+        teller = asyncio.ensure_future(_tell(response, loading.progress, {}, arrived))
+        try:
+            await loading.finished()
+        except WeightcacheError as error:
+            await _stop(teller)
+            await _say(response, {"event": "error"} | _error(error))
+            return response
+        finally:
+            await _stop(teller)
+        for entry in files:
+            outcome = await node.publisher.publish(entry, place, force=bool(body["force"]))
+            await _say(response, {"event": "file"} | outcome)
+    await _say(response, {"event": "done"})
     return response
 
 

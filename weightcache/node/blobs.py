@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from weightcache.core.layout import MAX_CHUNKS
-from weightcache.core.manifest import Manifest, decode_manifest
+from weightcache.core.manifest import Manifest
 from weightcache.core.snapshot import FileEntry
-from weightcache.errors import FormatError
-from weightcache.node.calls import OriginCalls
 from weightcache.node.compare import contradiction
-from weightcache.node.swarm import Peer, State, Swarm
-from weightcache.node.transfers import Incoming, Transfers
+from weightcache.node.incoming import Incoming
+from weightcache.node.manifests import Manifests
+from weightcache.node.sharing import elsewhere
+from weightcache.node.swarm import Peer, Place, State, Swarm
+from weightcache.node.transfers import Transfers
 from weightcache.node.trust import Trust
 from weightcache.store import Store
 
 PEERS_SECONDS = 1.0  # for which a load waits to hear what its peers have before it asks the origin
-MANIFEST_PEERS = 3  # that are asked for a manifest before the origin is
 SMALL = 1 << 20  # bytes: such files go ahead of all others
 
 # In the order of their use by a pipeline: what is needed first comes first.
@@ -40,10 +40,10 @@ def rank(entry: FileEntry) -> int:
 class Blobs:
     """The blobs of this host that are wanted now, and what peers say to have of them."""
 
-    def __init__(self, store: Store, swarm: Swarm, calls: OriginCalls, transfers: Transfers, trust: Trust) -> None:
+    def __init__(self, store: Store, swarm: Swarm, manifests: Manifests, transfers: Transfers, trust: Trust) -> None:
         self._store = store
         self._swarm = swarm
-        self._calls = calls
+        self._manifests = manifests
         self._transfers = transfers
         self._trust = trust
         self._states: dict[bytes, dict[bytes, State]] = {}  # wanted blob -> peer -> what it has
@@ -171,55 +171,44 @@ class Blobs:
         return coming
 
     async def manifest(self, entry: FileEntry) -> Manifest:
-        """What is known of a wanted blob's chunks, by this host, its peers, or the file's header alone."""
-        manifest, _ = await self._manifest(entry)
-        return manifest
-
-    async def _manifest(self, entry: FileEntry) -> tuple[Manifest, bytes | None]:
-        """A manifest, and the peer that told it, if one did."""
-        manifest, teller = self._store.manifest(entry.blob), None
-        if manifest is None:
-            manifest, teller = await self._manifest_of_peers(entry)
-        if manifest is None:
-            manifest = Manifest(entry.blob, await self._calls.plan(entry))
-        return manifest, teller
+        """What is known of a wanted blob's chunks, by this host, its peers, its publisher, or its header alone."""
+        return (await self._manifests.find(entry, self._states.get(entry.blob, {}))).manifest
 
     async def _begin(self, entry: FileEntry) -> Incoming | None:
-        manifest, teller = await self._manifest(entry)
+        blob = entry.blob
+        known = await self._manifests.find(entry, self._states.get(blob, {}))
+        manifest, teller = known.manifest, known.teller
+        claimed = teller is not None or known.published
         info = await asyncio.to_thread(self._store.create, manifest, entry.path, private=entry.source.is_local)
         if info.state == "complete":  # it is empty, or its very bytes are here under another name
-            why = await asyncio.to_thread(contradiction, self._store, entry) if teller is not None else ""
-            if teller is not None and why:
-                await asyncio.to_thread(self._store.discard, entry.blob)
-                self._transfers.contradicted(entry.source, [teller], ())
+            why = await asyncio.to_thread(contradiction, self._store, entry) if claimed else ""
+            if why:
+                await asyncio.to_thread(self._store.discard, blob)
+                self._transfers.contradicted(entry, [teller] if teller is not None else [], ())
                 return await self._begin(entry)  # without this teller
             return None
-        coming = self._transfers.begin(entry, manifest, rank(entry), self._states.get(entry.blob, {}))
+        local, unknown = await asyncio.to_thread(self._elsewhere, manifest)
+        whole = any(state.has is True for state in self._states.get(blob, {}).values())
+        shared = await elsewhere(self._swarm, unknown) if not whole else {}
+        coming = self._transfers.begin(entry, manifest, rank(entry), self._states.get(blob, {}), local, shared)
         if teller is not None:
+            coming.teller = teller
             coming.claims.add(teller)
+        if known.why:
+            coming.tally.note(f"published manifest: not used: {known.why}")
         return coming
 
-    async def _manifest_of_peers(self, entry: FileEntry) -> tuple[Manifest | None, bytes | None]:
-        """A manifest that fits the file, from a peer that has it all or, failing that, some of it."""
-        states = self._states.get(entry.blob, {})
-        holders = sorted((peer for peer in states if states[peer].has), key=lambda peer: states[peer].has is not True)
-        for peer_id in holders[:MANIFEST_PEERS]:
-            peer = self._swarm.peers.get(peer_id)
-            if peer is None or self._trust.rest(peer_id):
-                continue
-            data = await self._swarm.manifest(peer, entry.blob)
-            if data is None:
-                continue
-            try:
-                manifest = await asyncio.to_thread(decode_manifest, data)
-                if manifest.blob != entry.blob or manifest.size != entry.size:
-                    raise FormatError("it is another blob's")
-            except FormatError as error:
-                self._trust.lied(peer_id, peer.name, f"its manifest of {entry.path} is none: {error}")
-                continue
-            manifest.checked = False  # by whom? This host has yet to see for itself
-            return manifest, peer_id
-        return None, None
+    def _elsewhere(self, manifest: Manifest) -> tuple[dict[int, Place], dict[int, bytes]]:
+        """The missing chunks whose ids are known: where other blobs of this host have them, and which have none."""
+        local: dict[int, Place] = {}
+        unknown: dict[int, bytes] = {}
+        for chunk in self._store.had(manifest.blob).missing():
+            if (name := manifest.id(chunk)) is not None:
+                if (place := self._store.find_chunk(name)) is not None:
+                    local[chunk] = place
+                else:
+                    unknown[chunk] = name
+        return local, unknown
 
     def leave(self, coming: Incoming) -> None:
         """One user less; a blob that nobody waits for is not brought any further. What is had stays had."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from weightcache.core.layout import ChunkPlan
-from weightcache.core.manifest import MAX_MANIFEST_BYTES, decode_plan
+import msgpack
+
+from weightcache.core.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest, decode_plan
 from weightcache.core.snapshot import MAX_SNAPSHOT_BYTES, FileEntry, Snapshot, decode_snapshot
 from weightcache.core.source import Source
 from weightcache.errors import OriginUnavailable, from_wire
 from weightcache.net.channel import close_all
-from weightcache.net.memory_file import read_memory_file
+from weightcache.net.memory_file import memory_file, read_memory_file
 from weightcache.node.processes import BulkProcess
 from weightcache.node.transfers import one_file
 
@@ -25,7 +26,7 @@ Answer = TypeVar("Answer")
 
 
 class OriginCalls:
-    """``resolve`` and ``plan``, asked of the reader."""
+    """``resolve``, ``plan`` and ``publish``, asked of the reader."""
 
     def __init__(self, reader: BulkProcess, attempts: int) -> None:
         self._reader = reader
@@ -37,16 +38,32 @@ class OriginCalls:
         """What the origin states the source to be. Raises SourceError and its kin, OriginUnavailable at the last."""
         return decode_snapshot(await self._patiently(lambda: self._call("resolve", str(source))))
 
-    async def plan(self, entry: FileEntry) -> ChunkPlan:
-        """The chunk plan of a file, from the header that the origin has."""
-        return decode_plan(await self._patiently(lambda: self._call("plan", one_file(entry))))
+    async def plan(self, entry: FileEntry) -> tuple[Manifest, bool, str]:
+        """What the origin tells of a file's chunks: at least the plan, from its header.
 
-    async def _call(self, kind: str, argument: Any) -> bytes:
+        Also whether their ids are known, from a manifest that was published beside it, and why such a one was not
+        believed.
+        """
+        answer = await self._patiently(lambda: self._call("plan", one_file(entry)))
+        plan, published, why = msgpack.unpackb(answer)
+        if published:
+            return await asyncio.to_thread(decode_manifest, published), True, ""
+        return Manifest(entry.blob, decode_plan(plan)), False, why
+
+    async def publish(self, entry: FileEntry, data: bytes, *, force: bool) -> str:
+        """Put a published manifest beside its object; see ``Origins.publish``."""
+
+        def ask() -> Awaitable[bytes]:
+            return self._call("publish", one_file(entry), force, fds=[memory_file(data)])
+
+        return (await self._patiently(ask)).decode()
+
+    async def _call(self, kind: str, *arguments: Any, fds: Sequence[int] = ()) -> bytes:
         number = next(self._numbers)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         self._reader.start()
-        self._reader.send(kind, number, argument)
+        self._reader.send(kind, number, *arguments, fds=fds)
         try:
             return await future
         finally:
@@ -70,7 +87,7 @@ class OriginCalls:
         """A message of the reader; whether it answers a call. Takes over its descriptors if so."""
         match message:
             case ["answer", number]:
-                data = read_memory_file(fds[0], max(MAX_SNAPSHOT_BYTES, MAX_MANIFEST_BYTES))
+                data = read_memory_file(fds[0], max(MAX_SNAPSHOT_BYTES, 2 * MAX_MANIFEST_BYTES))
                 close_all(fds)
                 if (future := self._waiting.get(number)) is not None and not future.done():
                     future.set_result(data)

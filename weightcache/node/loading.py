@@ -20,10 +20,10 @@ from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
 from weightcache.errors import LoadFailed, SourceChanged, SourceError, SourceNotFound, WeightcacheError
 from weightcache.node.blobs import Blobs, rank
+from weightcache.node.incoming import COMING, Incoming
 from weightcache.node.report import Report, Tally
 from weightcache.node.resolver import Resolver
 from weightcache.node.spans import joined
-from weightcache.node.transfers import COMING, Incoming
 from weightcache.node.trust import Trust
 from weightcache.store import Store
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,21 @@ from weightcache.core.manifest import Manifest, encode_manifest
 from weightcache.core.patterns import EVERYTHING, Patterns
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
 from weightcache.core.source import Source, parse_source
-from weightcache.directory import Directory, Member, View, open_directory
+from weightcache.directory import Directory, Member, Registry, View, open_directory, registry_of
 from weightcache.errors import UnknownBlob
 from weightcache.log import fields
 from weightcache.node.blobs import Blobs
 from weightcache.node.calls import OriginCalls
+from weightcache.node.incoming import Incoming
 from weightcache.node.loading import Had, Loading, selected
+from weightcache.node.manifests import Manifests
 from weightcache.node.processes import BulkProcess
+from weightcache.node.publishing import Publisher
 from weightcache.node.report import Tally
 from weightcache.node.resolver import Resolver, is_shared
 from weightcache.node.serving import Serving
-from weightcache.node.swarm import Info, Peer, State, Swarm
-from weightcache.node.transfers import Incoming, Transfers
+from weightcache.node.swarm import Info, Peer, Place, State, Swarm
+from weightcache.node.transfers import Transfers
 from weightcache.node.trust import Trust
 from weightcache.node.upkeep import Upkeep
 from weightcache.origin.policy import Policy
@@ -66,9 +69,12 @@ class Node:
         self._reader = BulkProcess("origin", origin, self._heard_reader, self._reader_died)
         self._calls = OriginCalls(self._reader, config.origin.attempts)
         self.transfers = Transfers(
-            self.store, self._receiver, self._reader, config, self._had, self._reads, self.swarm.peers, self.trust
-        )
-        self.blobs = Blobs(self.store, self.swarm, self._calls, self.transfers, self.trust)
+            self.store, self._receiver, self._reader, config, self._had, self._reads, self._doubted, self.swarm.peers,
+            self.trust,
+        )  # fmt: skip
+        self._manifests = Manifests(self.store, self.swarm, self._calls, self.trust, self._registry)
+        self.blobs = Blobs(self.store, self.swarm, self._manifests, self.transfers, self.trust)
+        self.publisher = Publisher(self.store, self._calls, self._registry)
         self.resolver = Resolver(self.store, self.swarm, self._calls, self.trust, policy.admit, config.fresh)
         self.serving = Serving(self.store, dict(settings))
         self.upkeep = Upkeep(self.store, self.blobs, self.transfers, self.serving, self.swarm)
@@ -145,6 +151,20 @@ class Node:
         """Reading from the origin has begun: peers need not do the same."""
         self.swarm.announce_reads(coming.blob, chunks)
 
+    def _doubted(self, blob: bytes) -> None:
+        """What was published of a blob is wrong, and some of what was had of it by that may be had no more."""
+        self._manifests.doubt(blob)
+        self.swarm.announce_state(blob, has=False)
+        self._spawn(self.serving.drop(blob))
+
+    def _registry(self) -> Registry | None:
+        return registry_of(self._directory) if self._directory is not None else None
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     # -- what the swarm asks of this host (Shelf)
 
     def find(self, source: str) -> bytes | None:
@@ -161,11 +181,16 @@ class Node:
             return State(reads=reads) if reads is not None else None
         return State(True) if info.state == "complete" else State(self.store.had(blob).encode(), reads)
 
-    def manifest(self, blob: bytes) -> bytes | None:
+    def manifest(self, blob: bytes) -> tuple[bytes, bool] | None:
         info = self.store.info(blob)
         told = self._serve and info is not None and not info.suspect and not info.private
         manifest = self.store.manifest(blob) if told else None
-        return encode_manifest(manifest) if manifest is not None else None
+        if manifest is None:
+            return None
+        return encode_manifest(manifest), not any(manifest.id(chunk) for chunk in self.store.had(blob).missing())
+
+    def places(self, ids: Sequence[bytes]) -> list[Place | None]:
+        return [self.store.find_chunk(name, for_peers=True) if self._serve else None for name in ids]
 
     def peer_joined(self, peer: Peer) -> None:
         if peer.bulk is not None:

@@ -3,6 +3,7 @@
 Messages to it (arrays; ``call`` and ``request`` are the node's numbers, descriptors come along):
 
     config {origin settings}            resolve call source            plan call snapshot-of-one-file
+    publish call snapshot-of-one-file force +fd of a memory file
     blob handle snapshot-of-one-file +fd      close handle             cancel [request, ...]
     read request handle [chunk, ...]    stream request handle [chunk, ...]    copy request handle chunk from +fd
 
@@ -27,22 +28,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgpack
 import uvloop
 
 from weightcache.config import OriginConfig
 from weightcache.core.events import Kind
 from weightcache.core.ids import Buffer
 from weightcache.core.landing import ChunkMismatch, Spent, land
-from weightcache.core.layout import plan_from_head
-from weightcache.core.manifest import encode_plan
+from weightcache.core.layout import ChunkPlan, plan_from_head
+from weightcache.core.manifest import encode_manifest, encode_plan
+from weightcache.core.published import MAX_PUBLISHED_BYTES, check_head, decode_published, is_worth
 from weightcache.core.snapshot import FileEntry, decode_snapshot, encode_snapshot
 from weightcache.core.source import parse_source
 from weightcache.errors import OriginUnavailable, WeightcacheError, to_wire
 from weightcache.net.channel import close_all
-from weightcache.net.memory_file import memory_file
+from weightcache.net.memory_file import memory_file, read_memory_file
 from weightcache.net.node_channel import ChannelClosed, NodeChannel
 from weightcache.origin import Origins
 
+BESIDE_SECONDS = 2.0  # that a published manifest may come later than the header
 LANDING_THREADS = 2  # hashing and writing release the interpreter's lock
 Chunk = tuple[int, int, int, bytes]
 Result = TypeVar("Result")
@@ -89,6 +93,9 @@ class Reader:
                 self._call(call, self._resolve(source))
             case ["plan", call, file]:
                 self._call(call, self._plan(decode_snapshot(file).files[0]))
+            case ["publish", call, file, force]:
+                data = read_memory_file(fds[0], MAX_PUBLISHED_BYTES)
+                self._call(call, self._publish(decode_snapshot(file).files[0], data, force))
             case ["blob", handle, file]:
                 self._targets[handle] = _Target(decode_snapshot(file).files[0], fds.pop())
             case ["close", handle]:
@@ -127,10 +134,28 @@ class Reader:
         return encode_snapshot(await self._origins.resolve(parse_source(source)))
 
     async def _plan(self, entry: FileEntry) -> bytes:
+        """[plan, published manifest or b"", why what is published is not believed]."""
         assert self._origins is not None
-        head = await self._origins.head(entry) if entry.size else None
-        # A header may be 100 MB of JSON.
-        return encode_plan(await asyncio.to_thread(plan_from_head, entry.size, head))
+        looking = asyncio.ensure_future(self._origins.beside(entry)) if is_worth(entry) else None
+        try:
+            head = await self._origins.head(entry) if entry.size else None
+            # A header may be 100 MB of JSON.
+            plan = await asyncio.to_thread(plan_from_head, entry.size, head)
+            answer = [encode_plan(plan), b"", ""]
+            if looking is not None:
+                try:
+                    if (found := await asyncio.wait_for(looking, BESIDE_SECONDS)) is not None:
+                        answer[1] = await asyncio.to_thread(_believed, found, entry, plan, head or b"")
+                except (WeightcacheError, TimeoutError) as error:
+                    answer[2] = str(error) or f"no answer within {BESIDE_SECONDS:g} s of the header's"
+        finally:
+            if looking is not None:
+                looking.cancel()
+        return bytes(msgpack.packb(answer))
+
+    async def _publish(self, entry: FileEntry, data: bytes, force: bool) -> bytes:
+        assert self._origins is not None
+        return (await self._origins.publish(entry, data, force=force)).encode()
 
     # -- requests: chunks that end in a blob
 
@@ -204,6 +229,13 @@ class Reader:
     def _post(self, *message: Any, fds: Sequence[int] = ()) -> None:
         with contextlib.suppress(ChannelClosed):
             self._channel.post(*message, fds=fds)
+
+
+def _believed(found: bytes, entry: FileEntry, plan: ChunkPlan, head: bytes) -> bytes:
+    """A manifest that was published, encoded, if it can be this file's. Raises FormatError."""
+    manifest = decode_published(found, entry)
+    check_head(manifest, plan, head)
+    return encode_manifest(manifest)
 
 
 def _wait(error: BaseException) -> float:

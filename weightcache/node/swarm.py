@@ -8,7 +8,8 @@ is thereby known to load the blob itself; such peers tell each other what they r
     call   find SOURCE         -> the newest snapshot this host knows of it, or nil
     call   want [BLOB, ...]    -> for each: nil (nothing), or [what it has: true (all) or a set of chunks,
                                   chunks it reads from the origin now, or nil: it does not load the blob]
-    call   manifest BLOB       -> the manifest, or nil
+    call   manifest BLOB       -> the manifest, or nil; [the manifest] if others told it some of the ids in there
+    call   shares [ID, ...]    -> for each chunk id: nil, or [a blob here that has such a chunk, its index there]
     notify unwant [BLOB, ...]; has BLOB (now complete); gone BLOB (evicted)
            got [BLOB, [chunk, ...]]; reads [BLOB, [chunk, ...]] (begun)
 """
@@ -21,7 +22,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import msgpack
 
@@ -44,8 +45,10 @@ ASK_SECONDS = 2.0  # for a small answer
 MANIFEST_SECONDS = 5.0
 ASKED = 8  # peers that are asked about a source
 MAX_WANTED = 4096  # blobs in one message
+MAX_IDS = 4096  # chunk ids in one message
 
 Body = Any
+Place = tuple[bytes, int]  # a blob, and the index of a chunk in it
 
 
 @dataclass(slots=True)
@@ -70,7 +73,11 @@ class Shelf(Protocol):
 
     def state(self, blob: bytes) -> State | None: ...
 
-    def manifest(self, blob: bytes) -> bytes | None: ...
+    def manifest(self, blob: bytes) -> tuple[bytes, bool] | None:
+        """The manifest, and whether this host has read itself whatever ids there are in it."""
+
+    def places(self, ids: Sequence[bytes]) -> list[Place | None]:
+        """Where peers can get chunks with these ids from this host. Called in a thread."""
 
     def peer_joined(self, peer: Peer) -> None: ...
 
@@ -283,7 +290,10 @@ class Swarm:
                 states = [self._shelf.state(blob) for blob in blobs]
                 return [state.encode() if state is not None else None for state in states]
             case "manifest", bytes():
-                return self._shelf.manifest(_blob(body))
+                told = self._shelf.manifest(_blob(body))
+                return None if told is None else told[0] if told[1] else [told[0]]
+            case "shares", list() if len(body) <= MAX_IDS:
+                return await asyncio.to_thread(self._shelf.places, [_blob(item) for item in body])
             case "unwant", list():
                 for item in body:
                     self._unwant(_blob(item), connection.peer_id)
@@ -316,7 +326,7 @@ class Swarm:
 
     async def find(self, source: str) -> list[tuple[Peer, bytes]]:
         """What a few peers know of a source: encoded snapshots, unchecked."""
-        peers = self._askable()
+        peers = self.askable()
         asked = random.sample(peers, min(ASKED, len(peers)))
         answers = await asyncio.gather(*(self._ask(peer, "find", source, _is_bytes) for peer in asked))
         return [(peer, answer) for peer, answer in zip(asked, answers, strict=True) if answer is not None]
@@ -332,16 +342,24 @@ class Swarm:
                     if state is not None:
                         self._shelf.peer_state(peer, blob, State(*state))
 
-        await asyncio.gather(*(ask(peer) for peer in (self._askable() if peers is None else peers)))
+        await asyncio.gather(*(ask(peer) for peer in (self.askable() if peers is None else peers)))
 
     def unwant(self, blobs: Sequence[bytes]) -> None:
         for peer in self.peers.values():
             peer.connection.notify("unwant", list(blobs))
 
-    async def manifest(self, peer: Peer, blob: bytes) -> bytes | None:
-        return cast("bytes | None", await self._ask(peer, "manifest", blob, _is_bytes, MANIFEST_SECONDS))
+    async def manifest(self, peer: Peer, blob: bytes) -> tuple[bytes, bool] | None:
+        """A peer's manifest of a blob, and whether the peer vouches for every id in it."""
+        told = await self._ask(peer, "manifest", blob, _is_manifest, MANIFEST_SECONDS)
+        return (told, True) if isinstance(told, bytes) else (told[0], False) if told else None
 
-    def _askable(self) -> list[Peer]:
+    async def shares(self, peer: Peer, ids: Sequence[bytes]) -> list[Place | None]:
+        """Where a peer has chunks with these ids (at most MAX_IDS)."""
+        places = await self._ask(peer, "shares", list(ids), functools.partial(_are_places, len(ids)))
+        return [None if place is None else (place[0], place[1]) for place in places or [None] * len(ids)]
+
+    def askable(self) -> list[Peer]:
+        """The peers that are not left alone now."""
         return [peer for peer in self.peers.values() if not self._trust.rest(peer.id)]
 
     async def _ask(
@@ -390,6 +408,22 @@ class Swarm:
 
 def _is_bytes(answer: Body) -> bool:
     return isinstance(answer, bytes)
+
+
+def _is_manifest(answer: Body) -> bool:
+    return isinstance(answer, bytes) or (isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], bytes))
+
+
+def _are_places(count: int, answer: Body) -> bool:
+    whole = isinstance(answer, list) and len(answer) == count
+    return whole and all(place is None or _is_place(place) for place in answer)
+
+
+def _is_place(answer: Body) -> bool:
+    match answer:
+        case [bytes() as blob, int() as index]:
+            return is_blob_id(blob) and type(index) is int and 0 <= index < MAX_CHUNKS
+    return False
 
 
 def _are_states(count: int, answer: Body) -> bool:

@@ -13,8 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from weightcache.config import Config
@@ -48,13 +47,13 @@ from weightcache.core.ids import short
 from weightcache.core.manifest import Manifest
 from weightcache.core.planner import Planner
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
-from weightcache.core.source import Source
 from weightcache.errors import BlobCorrupt, FormatError, WeightcacheError, from_wire, to_wire
 from weightcache.log import fields
+from weightcache.node.disown import Disowning
+from weightcache.node.incoming import Incoming, Shared
 from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
-from weightcache.node.spans import Spans
-from weightcache.node.swarm import Peer, State
+from weightcache.node.swarm import Peer, Place, State
 from weightcache.node.trust import Trust
 from weightcache.store import Flusher, Landing, Store, default_budget
 
@@ -62,34 +61,6 @@ log = logging.getLogger(__name__)
 
 RESTART_SECONDS = 0.5  # for which a bulk process that died is not asked
 _BATCH = 256  # chunks in one message to a bulk process
-
-COMING = ("origin", "peers", "local")  # where chunks come from
-
-Heard = Callable[[int, int], None]  # of bytes [begin, end) that are had now
-
-
-@dataclass(slots=True, eq=False)
-class Incoming:
-    """A blob on its way. ``done`` ends with it; ``users`` wait for it, and when none is left it is given up."""
-
-    entry: FileEntry
-    manifest: Manifest
-    had: ChunkSet
-    writer: Landing
-    handle: int
-    done: asyncio.Future[None]
-    tally: Tally = field(default_factory=Tally)
-    spans: dict[str, Spans] = field(default_factory=lambda: {name: Spans() for name in COMING})
-    listeners: list[Heard] = field(default_factory=list)
-    users: int = 0
-    local: dict[int, tuple[bytes, int]] = field(default_factory=dict)  # chunk -> (blob, its chunk) on this disk
-    opened: set[str] = field(default_factory=set)  # processes that were handed the writer
-    claims: set[bytes] = field(default_factory=set)  # peers that were believed: their manifest, or a chunk's id
-    accused: set[bytes] = field(default_factory=set)  # peers that sent other bytes than those claims say
-
-    @property
-    def blob(self) -> bytes:
-        return self.manifest.blob
 
 
 class Transfers:
@@ -103,6 +74,7 @@ class Transfers:
         config: Config,
         had: Callable[[Incoming, int, bytes], None],
         reads: Callable[[Incoming, Sequence[int]], None],
+        doubted: Callable[[bytes], None],
         peers: dict[bytes, Peer],
         trust: Trust,
     ) -> None:
@@ -111,6 +83,7 @@ class Transfers:
         self._attempts = config.origin.attempts
         self._had = had
         self._reads = reads
+        self._doubted = doubted
         self._peers = peers
         self._trust = trust
         self._planner = Planner(
@@ -120,6 +93,7 @@ class Transfers:
         self._incoming: dict[bytes, Incoming] = {}
         self._handles: dict[int, Incoming] = {}
         self._requests: dict[int, tuple[Incoming, Fetch, set[int]]] = {}  # the set: chunks still to come
+        self._disowning = Disowning(store, self._again)
         self._introduced: set[bytes] = set()  # peers the receiver knows
         self._next_handle = 0
         self._wake: asyncio.TimerHandle | None = None
@@ -137,13 +111,17 @@ class Transfers:
         """Seconds for which a peer is left alone because it failed."""
         return self._planner.rest(peer, self._loop.time())
 
-    def contradicted(self, source: Source, tellers: Iterable[bytes], accused: Iterable[bytes]) -> None:
-        """``tellers`` told of a blob what its origin contradicts; ``accused`` had other bytes than they said."""
+    def contradicted(self, entry: FileEntry, tellers: Collection[bytes], accused: Iterable[bytes]) -> None:
+        """``tellers`` told of a blob what its origin contradicts (none: somebody published it); ``accused`` had other
+        bytes than they said."""
+        if not tellers:
+            self._doubted(entry.blob)
         for peer in set(accused).difference(tellers):
             self._trust.pardon(peer)
             self._feed(PeerPardoned(peer))
+        why = f"what it told of {entry.source.public} is not what its origin has"
         for peer in tellers:
-            self._trust.lied(peer, self._name(peer), f"what it told of {source.public} is not what its origin has")
+            self._trust.lied(peer, self._name(peer), why)
 
     def rate(self, peer: bytes) -> float:
         """Bytes per second that a peer delivered lately."""
@@ -154,24 +132,31 @@ class Transfers:
         requests = self._requests.values()
         return [c for coming, fetch, left in requests if coming.blob == blob and fetch.via is Via.ORIGIN for c in left]
 
-    def begin(self, entry: FileEntry, manifest: Manifest, rank: int, peers: dict[bytes, State]) -> Incoming:
-        """Start bringing what is missing of a blob that has its space. ``peers``: what they say of it."""
+    def begin(
+        self, entry: FileEntry, manifest: Manifest, rank: int, peers: dict[bytes, State], local: dict[int, Place],
+        shared: Shared,
+    ) -> Incoming:  # fmt: skip
+        """Start bringing what is missing of a blob that has its space. ``peers``: what they say of it; ``local``, and
+        ``shared`` at peers: where its chunks are in other blobs."""
         had = self._store.had(manifest.blob)
         self._next_handle += 1
         writer = Landing(self._store.open_writer(manifest.blob))
-        coming = Incoming(entry, manifest, had, writer, self._next_handle, self._loop.create_future())
-        coming.done.add_done_callback(lambda done: done.cancelled() or done.exception())  # who waits will see it
-        for chunk in had.missing():
-            name = manifest.id(chunk)
-            if name is not None and (place := self._store.find_chunk(name)) is not None:
-                coming.local[chunk] = place
+        done = self._loop.create_future()
+        done.add_done_callback(lambda done: done.cancelled() or done.exception())  # who waits will see it
+        coming = Incoming(entry, manifest, had, writer, self._next_handle, rank, done, local=local, shared=shared)
         self._incoming[coming.blob] = self._handles[coming.handle] = coming
-        reach = Reach.RANGED if entry.ranged else Reach.STREAM
-        known = [(peer, self._chunks(peer, coming, state)) for peer, state in peers.items()]
-        readers = [(peer, state.reads) for peer, state in peers.items() if state.reads is not None]
-        local = sorted(coming.local)
-        self._feed(LoadAdded(coming.blob, manifest.plan, had, rank, reach, self._attempts, local, known, readers))
+        self._add(coming, peers)
         return coming
+
+    def _add(self, coming: Incoming, peers: dict[bytes, State]) -> None:
+        """Have the planner see to what is missing."""
+        reach = Reach.RANGED if coming.entry.ranged else Reach.STREAM
+        stated = {**dict.fromkeys(coming.shared, State()), **peers}
+        known = [(peer, self._chunks(peer, coming, state)) for peer, state in stated.items()]
+        readers = [(peer, state.reads) for peer, state in peers.items() if state.reads is not None]
+        plan, local = coming.manifest.plan, sorted(coming.local)
+        added = LoadAdded(coming.blob, plan, coming.had, coming.rank, reach, self._attempts, local, known, readers)
+        self._feed(added)
 
     def abandon(self, coming: Incoming, error: WeightcacheError | None = None) -> None:
         """Stop bringing a blob; what is had of it stays had."""
@@ -190,10 +175,11 @@ class Transfers:
         """What a peer states to have of a blob (None: nothing). A set adds to what it told before: some of that came
         after the set was taken."""
         coming = self._incoming.get(blob)
-        if coming is None:
+        if coming is None or coming.alone:
             return
         if state is None:
-            self._feed(PeerHas(peer, blob, ChunkSet(len(coming.manifest))), PeerQuits(peer, blob))
+            shared = ChunkSet(len(coming.manifest), coming.shared.get(peer, ()))
+            self._feed(PeerHas(peer, blob, shared), PeerQuits(peer, blob))
         elif (chunks := self._chunks(peer, coming, state)) is None:
             self._feed(PeerHas(peer, blob, None))
         else:
@@ -201,11 +187,12 @@ class Transfers:
             self._feed(*joins, PeerGot(peer, blob, list(chunks)))
 
     def _chunks(self, peer: bytes, coming: Incoming, state: State) -> ChunkSet | None:
-        """What a peer stated, as the planner takes it. A set that does not fit the blob counts as nothing."""
+        """What a peer has, by what it stated and of other blobs. A set that does not fit the blob counts as nothing."""
         size = len(coming.manifest)
         if state.has is True:
             return None
-        chunks = ChunkSet(size, (chunk for chunk in state.got if 0 <= chunk < size))
+        known = [*state.got, *coming.shared.get(peer, ())]
+        chunks = ChunkSet(size, (chunk for chunk in known if 0 <= chunk < size))
         try:
             stated = ChunkSet.decode(state.has, size) if isinstance(state.has, bytes) and state.has else ()
         except FormatError as error:
@@ -218,10 +205,12 @@ class Transfers:
         return chunks
 
     def peer_got(self, peer: bytes, blob: bytes, chunks: Sequence[int]) -> None:
-        self._feed(PeerGot(peer, blob, chunks))
+        if (coming := self._incoming.get(blob)) is not None and not coming.alone:
+            self._feed(PeerGot(peer, blob, chunks))
 
     def peer_reads(self, peer: bytes, blob: bytes, chunks: Sequence[int]) -> None:
-        self._feed(PeerReads(peer, blob, chunks))
+        if (coming := self._incoming.get(blob)) is not None and not coming.alone:
+            self._feed(PeerReads(peer, blob, chunks))
 
     def peer_quits(self, peer: bytes, blob: bytes) -> None:
         self._feed(PeerQuits(peer, blob))
@@ -249,7 +238,7 @@ class Transfers:
                     case Fetch():
                         self._fetch(action, batches)
                     case Cancel(request):
-                        if self._requests.pop(request, None) is not None:
+                        if self._requests.pop(request, None) is not None and request not in self._disowning:
                             cancelled.append(request)
                     case Wake(at):
                         if self._wake is not None:
@@ -258,7 +247,7 @@ class Transfers:
                     case Blame():
                         self._blame(action)
                     case Done(blob):
-                        self._finish(self._incoming[blob])
+                        self._end(self._incoming[blob], None)
                     case GiveUp(blob, error, message):
                         self._end(self._incoming[blob], from_wire(error, message))
         for peer, rows in batches.items():
@@ -282,7 +271,9 @@ class Transfers:
         if isinstance(fetch.via, bytes):
             self._introduce(fetch.via)
             batch = batches.setdefault(fetch.via, [])
-            batch += [[fetch.request, coming.handle, coming.blob, *row] for row in rows]
+            elsewhere = coming.shared.get(fetch.via, {})
+            for index, *span in rows:  # it lands where it belongs, whatever it is part of over there
+                batch.append([fetch.request, coming.handle, *elsewhere.get(index, (coming.blob, index)), *span])
         elif fetch.via is Via.LOCAL:
             self._copy(fetch, coming, rows[0])
         else:
@@ -339,6 +330,7 @@ class Transfers:
                 for row in rows:
                     # the receiver's requests have one chunk each and do not repeat which
                     request, index, name, check, length, *spent = row if role == "origin" else [row[0], None, *row[1:]]
+                    self._disowning.ended(request)
                     if (known := self._requests.get(request)) is not None:
                         coming, fetch, left = known
                         chunk = fetch.chunks[0] if index is None else index
@@ -349,6 +341,7 @@ class Transfers:
                 self._feed(*events)
             case ["failed", rows]:
                 for request, kind, detail, wait, *error in rows:
+                    self._disowning.ended(request)
                     seconds = wait / 1000 if role == "recv" else wait
                     self._failed(request, kind, detail, seconds, *error)
             case _:
@@ -370,9 +363,14 @@ class Transfers:
         except WeightcacheError as error:
             kind, message = to_wire(error)
             return Failed(fetch.request, Kind.FATAL, f"{coming.entry.path}: {message}", error=kind)
-        via = fetch.via
-        if isinstance(via, bytes) and coming.manifest.id(chunk) is None:
+        via, known = fetch.via, coming.manifest.id(chunk) is not None
+        if isinstance(via, bytes) and not known:
             coming.claims.add(via)
+        again = chunk in coming.borrowed  # and so the origin has confirmed it
+        if via is Via.ORIGIN:
+            coming.borrowed.discard(chunk)
+        elif known:
+            coming.borrowed.add(chunk)
         coming.manifest.learn(chunk, name, check)
         coming.had.add(chunk)
         for tally in (coming.tally, self.moved):
@@ -388,7 +386,7 @@ class Transfers:
         coming.spans["peers" if isinstance(via, bytes) else via.value].add(now - seconds, now)
         begin, _ = coming.manifest.plan.span(chunk)
         self._flusher.landed(coming.writer, begin, length)
-        for listener in coming.listeners:
+        for listener in coming.listeners if not again else ():
             listener(begin, begin + length)
         self._had(coming, chunk, name)
         return Got(fetch.request, chunk)
@@ -398,7 +396,7 @@ class Transfers:
             return
         coming, fetch, _ = self._requests.pop(request)
         if isinstance(fetch.via, bytes):
-            self._peer_failed(coming, fetch.via, kind)
+            kind = self._peer_failed(coming, fetch.via, kind, fetch.chunks[0])
         if kind == Kind.MISMATCH and fetch.via is Via.ORIGIN:
             self._contradicted(coming, detail)
         elif kind == "disk":
@@ -407,17 +405,24 @@ class Transfers:
         else:
             self._feed(Failed(request, Kind(kind), detail, wait, error))
 
-    def _peer_failed(self, coming: Incoming, peer: bytes, kind: str) -> None:
+    def _peer_failed(self, coming: Incoming, peer: bytes, kind: str, chunk: int) -> str:
+        """What kind of failure it is for the planner."""
         if kind == Kind.MISMATCH:
             coming.accused.add(peer)
         elif kind in (Kind.MISSING, Kind.UNKNOWN):
             coming.tally.note(f"peer {self._name(peer)}: {kind}: it has not got what it said it had")
+            if coming.shared.get(peer, {}).pop(chunk, None) is not None:
+                return Kind.MISSING  # of this blob it may have all the rest
+        return kind
 
     def _contradicted(self, coming: Incoming, detail: str) -> None:
         """The origin's own bytes are not what peers said they are: nothing learned from peers is kept."""
-        tellers = ", ".join(sorted(map(self._name, coming.claims))) or "peers"
+        if coming.teller is None and not coming.alone:
+            self._disown(coming, detail)
+            return
+        tellers = ", ".join(sorted(map(self._name, coming.claims))) or "whoever published it"
         log.error("manifest contradicts the origin", extra=fields(blob=short(coming.blob), tellers=tellers, why=detail))
-        self.contradicted(coming.entry.source, coming.claims, coming.accused)
+        self.contradicted(coming.entry, coming.claims, coming.accused)
         self._feed(LoadRemoved(coming.blob))
         name = coming.entry.source.public
         error = BlobCorrupt(f"{name}: what {tellers} told of it is not what its origin has; load it again")
@@ -429,6 +434,35 @@ class Transfers:
 
         # It ends when nothing is left of it: whoever loads again must not find it.
         self._loop.run_in_executor(None, self._store.discard, coming.blob).add_done_callback(discarded)
+
+    def _disown(self, coming: Incoming, detail: str) -> None:
+        """The origin's own bytes are not what was published of them: go on without."""
+        log.error("published manifest contradicts the origin", extra=fields(blob=short(coming.blob), why=detail))
+        coming.tally.note(f"published manifest: left aside, its origin has other bytes: {detail}")
+        self.contradicted(coming.entry, (), coming.accused)
+        others = [
+            (request, "recv" if isinstance(fetch.via, bytes) else "origin")
+            for request, (owner, fetch, _) in self._requests.items()
+            if owner is coming and fetch.via is not Via.ORIGIN
+        ]
+        self._disowning.await_end(coming, others)
+        self._feed(LoadRemoved(coming.blob))
+        if not others:
+            self._disowning.go_on(coming)
+
+    def _again(self, coming: Incoming, error: BaseException | None) -> None:
+        manifest = self._store.manifest(coming.blob)
+        if self._incoming.get(coming.blob) is not coming:
+            return
+        if error is not None or manifest is None:
+            self._end(
+                coming, BlobCorrupt(f"{coming.entry.path}: {error or 'it is gone from the store'}; load it again")
+            )
+            return
+        self._doubted(coming.blob)
+        coming.manifest, coming.had = manifest, self._store.had(coming.blob)
+        coming.local, coming.shared = {}, {}
+        self._add(coming, {})
 
     def _lost(self, request: int, role: str, reason: str) -> None:
         """A request went down with a process of this host: no peer is to blame for it."""
@@ -442,14 +476,12 @@ class Transfers:
             self._introduced.clear()
         for coming in self._incoming.values():
             coming.opened.discard(role)
+        self._disowning.died(role)
         for request, (_, fetch, _) in list(self._requests.items()):
             if isinstance(fetch.via, bytes) == (role == "recv"):
                 self._lost(request, role, reason)
 
     # -- the end of a blob's way
-
-    def _finish(self, coming: Incoming) -> None:
-        self._end(coming, None)
 
     def _end(self, coming: Incoming, error: WeightcacheError | None) -> None:
         self._incoming.pop(coming.blob, None)

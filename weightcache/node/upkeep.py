@@ -15,9 +15,10 @@ from weightcache.errors import BlobCorrupt, UnknownBlob, WeightcacheError
 from weightcache.log import fields
 from weightcache.node.blobs import Blobs
 from weightcache.node.compare import contradiction
+from weightcache.node.incoming import Incoming
 from weightcache.node.serving import Serving
 from weightcache.node.swarm import Swarm
-from weightcache.node.transfers import Incoming, Transfers
+from weightcache.node.transfers import Transfers
 from weightcache.store import BlobInfo, Store
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Upkeep:
             why = contradiction(self._store, entry)
             if why:
                 blame = self._transfers.contradicted  # first: who loads it again must not believe the same peers
-                self._loop.call_soon_threadsafe(blame, entry.source, settling.claims, settling.accused)
+                self._loop.call_soon_threadsafe(blame, entry, settling.claims, settling.accused)
                 self._store.discard(blob)
                 raise BlobCorrupt(f"{entry.source.public}: {why}; it is removed, load it again")
         self._store.settle(blob)

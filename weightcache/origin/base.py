@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from weightcache.core.ids import Buffer
+from weightcache.core.published import beside, without_published
 from weightcache.core.snapshot import MAX_FILES, MAX_SIZE, FileEntry, Snapshot, check_path, folder_name, tree_revision
 from weightcache.core.source import Source
 from weightcache.errors import (
@@ -50,6 +51,14 @@ class Origin(Protocol):
 
     def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         """The whole of that version from byte 0, in pieces of at most PIECE bytes. For what is not ``ranged``."""
+        ...
+
+    async def beside(self, entry: FileEntry, limit: int) -> bytes | None:
+        """What was published beside a file (``core.published.beside``), or None. SourceError beyond ``limit`` bytes."""
+        ...
+
+    async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
+        """Put ``data`` beside a file. False, and nothing is done: there is something, and it is not to be replaced."""
         ...
 
     async def close(self) -> None:
@@ -140,6 +149,26 @@ def one_file(source: Source, entry: FileEntry) -> Snapshot:
     return Snapshot(source, folder_name(source), tree_revision([entry]), (entry,), time.time(), single=True)
 
 
+def too_long(source: Source, limit: int) -> SourceError:
+    """The error for something small by its nature that is not."""
+    return SourceError(f"{source.public}: more than the {limit} bytes that a manifest may have")
+
+
+def unwritable(entry: FileEntry, why: str) -> SourceError:
+    """The error for a manifest that cannot be put beside its object."""
+    name = beside(entry.source).path.rpartition("/")[2]
+    way = f"publish it with --to fleet, or with --to FILE and put that beside the object, as {name}"
+    return SourceError(f"{entry.source.public}: {why}; {way}")
+
+
+def unpermitted(entry: FileEntry) -> SourceDenied:
+    """The error for credentials that may read an object, and not write beside it."""
+    where = beside(entry.source).public
+    return SourceDenied(
+        f"{where}: the daemon's credentials may not write it; permit them to, or publish with --to fleet or --to FILE"
+    )
+
+
 def tree(source: Source, entries: Iterable[FileEntry]) -> Snapshot:
     """The snapshot of everything below a source. SourceNotFound when that is nothing, SourceError when too much."""
     files: list[FileEntry] = []
@@ -149,7 +178,7 @@ def tree(source: Source, entries: Iterable[FileEntry]) -> Snapshot:
         check_count(source, len(files))
     if not files:
         raise SourceNotFound(f"{source.public}: neither an object nor anything below it")
-    files.sort(key=lambda entry: entry.path)
+    files = sorted(without_published(files), key=lambda entry: entry.path)
     return Snapshot(source, folder_name(source), tree_revision(files), tuple(files), time.time())
 
 

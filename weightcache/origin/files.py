@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
 from weightcache.config import OriginConfig
 from weightcache.core.ids import Buffer
+from weightcache.core.published import beside
 from weightcache.core.snapshot import FileEntry, Snapshot, check_path
 from weightcache.core.source import Source
 from weightcache.errors import SourceDenied, SourceError, SourceNotFound
-from weightcache.origin.base import PIECE, check_state, one_file, tree, unavailable
+from weightcache.origin.base import PIECE, check_state, one_file, too_long, tree, unavailable, unpermitted
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # opening a pipe or a terminal must not block or act
 
@@ -36,6 +38,12 @@ class FileOrigin:
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         for begin in range(0, entry.size, PIECE):
             yield await self.read(entry, begin, min(begin + PIECE, entry.size))
+
+    async def beside(self, entry: FileEntry, limit: int) -> bytes | None:
+        return await asyncio.to_thread(self._beside, beside(entry.source), limit)
+
+    async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
+        return await asyncio.to_thread(self._publish, entry, data, replace)
 
     async def close(self) -> None:
         """There is nothing to give up: descriptors live as long as one read."""
@@ -78,6 +86,34 @@ class FileOrigin:
             raise SourceError(f"{entry.source.public}: bytes {begin} to {end} are not within its {entry.size}")
         return data
 
+    def _beside(self, source: Source, limit: int) -> bytes | None:
+        try:
+            with self._open(source) as fd, open(fd, "rb", closefd=False) as file:
+                data = file.read(limit + 1)
+        except SourceNotFound:
+            return None
+        if len(data) > limit:
+            raise too_long(source, limit)
+        return data
+
+    def _publish(self, entry: FileEntry, data: bytes, replace: bool) -> bool:
+        source = beside(entry.source)
+        try:
+            with _errors(source):
+                path = f"/{source.path}"
+                place = self._confine(source, os.path.realpath(os.path.dirname(path)))
+                with tempfile.TemporaryDirectory(dir=place, prefix=".weightcache-") as folder:
+                    made = os.path.join(folder, "manifest")
+                    with open(made, "xb") as file:
+                        file.write(data)
+                    # Whole, or not at all.
+                    (os.replace if replace else os.link)(made, os.path.join(place, os.path.basename(path)))
+        except SourceDenied:
+            raise unpermitted(entry) from None
+        except FileExistsError:
+            return False
+        return True
+
     @contextmanager
     def _open(self, source: Source) -> Iterator[int]:
         with _errors(source):
@@ -112,6 +148,8 @@ def _errors(source: Source) -> Iterator[None]:
         raise SourceNotFound(f"{source.public}: no such file") from None
     except PermissionError:
         raise SourceDenied(f"{source.public}: permission denied; let the daemon's user read it") from None
+    except FileExistsError:
+        raise
     except OSError as error:
         raise unavailable(source, error.strerror or type(error).__name__) from None
 

@@ -11,11 +11,22 @@ from typing import TYPE_CHECKING
 
 from weightcache.config import OriginConfig
 from weightcache.core.ids import Buffer
+from weightcache.core.published import beside
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source, parse_source
 from weightcache.errors import SourceError
 from weightcache.origin import web
-from weightcache.origin.base import allowance, changed, check_state, one_file, refused, strong_tag, version_of
+from weightcache.origin.base import (
+    allowance,
+    changed,
+    check_state,
+    one_file,
+    refused,
+    strong_tag,
+    too_long,
+    unwritable,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -66,6 +77,23 @@ class HttpOrigin:
                 raise SourceError(f"{entry.source.public}: asked for the whole, its server answers a part")
             async for piece in web.flow(entry.source, response, entry.size):
                 yield piece
+
+    async def beside(self, entry: FileEntry, limit: int) -> bytes | None:
+        if entry.source.query:  # perhaps a signature, which is good for one address
+            return None
+        source = beside(entry.source)
+        async with self._get(source, {}) as response:
+            if response.status in (401, 403, 404, 410):
+                return None
+            if response.status != 200:
+                raise refused(source, response.status)
+            size = web.read_answer(source, response).total
+            if size > limit:
+                raise too_long(source, limit)
+            return bytes(await web.fill(source, response, 0, size, allowance(self._timeout, size)))
+
+    async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
+        raise unwritable(entry, "nothing can be written to a web server")
 
     async def close(self) -> None:
         if self._session:

@@ -23,11 +23,22 @@ from urllib.parse import quote
 
 from weightcache.config import OriginConfig
 from weightcache.core.ids import Buffer
+from weightcache.core.published import beside, without_published
 from weightcache.core.snapshot import FileEntry, Snapshot, check_path, folder_name
 from weightcache.core.source import Source
 from weightcache.errors import SourceDenied, SourceError, SourceNotFound, WeightcacheError
 from weightcache.origin import web
-from weightcache.origin.base import allowance, changed, check_count, check_size, check_state, refused, unavailable
+from weightcache.origin.base import (
+    allowance,
+    changed,
+    check_count,
+    check_size,
+    check_state,
+    refused,
+    too_long,
+    unavailable,
+    unwritable,
+)
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -55,6 +66,7 @@ class HubOrigin:
         self._endpoint = URL((os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"))
         self._session: ClientSession | None = None
         self._places: OrderedDict[Source, _Place] = OrderedDict()
+        self._beside: OrderedDict[Source, FileEntry] = OrderedDict()  # published manifests that were listed
 
     async def resolve(self, source: Source) -> Snapshot:
         commit, listed = await asyncio.to_thread(self._list, source)
@@ -84,6 +96,18 @@ class HubOrigin:
             async for piece in web.flow(entry.source, response, entry.size):
                 yield piece
 
+    async def beside(self, entry: FileEntry, limit: int) -> bytes | None:
+        """Only where a listing has shown that there is one: the resolver counts what it is asked."""
+        found = self._beside.get(beside(entry.source))
+        if found is None:
+            return None
+        if found.size > limit:
+            raise too_long(found.source, limit)
+        return bytes(await self.read(found, 0, found.size)) if found.size else b""
+
+    async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
+        raise unwritable(entry, "nothing is written to a hub: that would be another commit")
+
     async def close(self) -> None:
         if self._session:
             await self._session.close()
@@ -111,7 +135,15 @@ class HubOrigin:
         if not info.sha or len(siblings) >= LISTED:
             raise SourceError(f"{source.public}: {len(siblings)} files; the hub lists fewer than {LISTED} reliably")
         check_count(source, len(siblings))
-        return info.sha, list(_entries(source.at(info.sha), siblings))
+        listed = list(_entries(source.at(info.sha), siblings))
+        files = without_published(listed)
+        kept = {entry.path for entry in files}
+        for entry in listed:
+            if entry.path not in kept:
+                self._beside[entry.source] = entry
+                if len(self._beside) > ADDRESSES:
+                    self._beside.popitem(last=False)
+        return info.sha, files
 
     # -- where its bytes are
 

@@ -13,13 +13,14 @@ import re
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from weightcache.config import OriginConfig
 from weightcache.core.ids import Buffer
+from weightcache.core.published import beside
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
-from weightcache.errors import SourceError, SourceNotFound
+from weightcache.errors import SourceDenied, SourceError, SourceNotFound
 from weightcache.origin import web
 from weightcache.origin.base import (
     PIECE,
@@ -33,8 +34,10 @@ from weightcache.origin.base import (
     pieces,
     refused,
     strong_tag,
+    too_long,
     tree,
     unavailable,
+    unpermitted,
     version_of,
 )
 
@@ -107,6 +110,43 @@ class ObjectOrigin:
                     yield piece
         if at < entry.size:
             raise broke_off(entry.source, at, entry.size)
+
+    async def beside(self, entry: FileEntry, limit: int) -> bytes | None:
+        import obstore
+
+        source = beside(entry.source)
+        data = bytearray()
+        with _errors(source):
+            async with asyncio.timeout(allowance(self._timeout, PIECE)):
+                try:
+                    result = await obstore.get_async(self._store(source), source.path)
+                except FileNotFoundError:
+                    return None
+                async for part in result.stream(min_chunk_size=PIECE):
+                    data += part
+                    if len(data) > limit:
+                        raise too_long(source, limit)
+        return bytes(data)
+
+    async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
+        import obstore
+        from obstore import exceptions
+
+        source = beside(entry.source)
+        store = self._store(source)
+        try:
+            with _errors(source):
+                async with asyncio.timeout(allowance(self._timeout, len(data))):
+                    try:
+                        mode: Literal["create", "overwrite"] = "overwrite" if replace else "create"
+                        await obstore.put_async(store, source.path, data, mode=mode, use_multipart=False)
+                    except (exceptions.NotSupportedError, NotImplementedError):  # it knows no condition
+                        await obstore.put_async(store, source.path, data, use_multipart=False)
+                    except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+                        return False
+        except SourceDenied:
+            raise unpermitted(entry) from None
+        return True
 
     async def close(self) -> None:
         self._stores.clear()

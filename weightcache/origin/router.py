@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -9,13 +10,17 @@ from contextlib import aclosing
 from weightcache.config import OriginConfig
 from weightcache.core.ids import Buffer
 from weightcache.core.layout import head_length
+from weightcache.core.published import MAX_PUBLISHED_BYTES, beside, differs
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
+from weightcache.errors import SourceDenied
 from weightcache.origin.base import Origin, pieces
 from weightcache.origin.policy import Policy
 
 FIRST_READ = 256 << 10  # bytes: holds the header of nearly every file, and most small files whole
 KEPT = 16 << 20  # bytes of starts of files kept at most
+MISS_SECONDS = 60.0
+MISSES = 4096  # remembered at most
 
 
 class Origins:
@@ -30,6 +35,7 @@ class Origins:
         self._policy = Policy(config.allow)
         self._backends: dict[str, Origin] = {}
         self._starts: OrderedDict[bytes, bytes] = OrderedDict()
+        self._misses: OrderedDict[bytes, float] = OrderedDict()  # blob -> until when nothing is published beside it
 
     async def resolve(self, source: Source) -> Snapshot:
         """What the source is now: its files, with their sizes and versions. Raises as ``Origin`` says."""
@@ -73,6 +79,41 @@ class Origins:
         async with aclosing(backend.stream(entry)) as stream:
             async for piece in stream:
                 yield piece
+
+    async def beside(self, entry: FileEntry) -> bytes | None:
+        """What was published beside a file, or None; that there was nothing is remembered for MISS_SECONDS."""
+        if not self._config.manifests or self._misses.get(entry.blob, 0.0) > time.monotonic():
+            return None
+        found = None
+        try:
+            found = await self._backend(beside(entry.source)).beside(entry, MAX_PUBLISHED_BYTES)
+        except SourceDenied:
+            pass  # not allow-listed; or a store that tells only who may list what there is not
+        finally:
+            if found is None:
+                self._misses[entry.blob] = time.monotonic() + MISS_SECONDS
+                if len(self._misses) > MISSES:
+                    self._misses.popitem(last=False)
+        return found
+
+    async def publish(self, entry: FileEntry, data: bytes, *, force: bool) -> str:
+        """Put ``data`` beside a file: "published", "replaced", or "same" when it is there already.
+
+        Raises SourceError when something else is there, unless ``force``.
+        """
+        backend = self._backend(beside(entry.source))
+        while True:
+            try:
+                there = await backend.beside(entry, MAX_PUBLISHED_BYTES)
+            except SourceDenied:  # that may also mean: there is nothing
+                there = None
+            if there == data:
+                return "same"
+            if there is not None and not force:
+                raise differs(beside(entry.source).public, there, entry)
+            if await backend.publish(entry, data, replace=there is not None):
+                self._misses.pop(entry.blob, None)
+                return "published" if there is None else "replaced"
 
     async def close(self) -> None:
         """Close every backend that was used."""

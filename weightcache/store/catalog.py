@@ -293,11 +293,24 @@ class Catalog:
                 raise
             return conflicts
 
-    def find_chunk(self, chunk: bytes) -> tuple[bytes, int] | None:
+    def forget_ids(self, blob: bytes, indices: Iterable[int]) -> None:
+        """See ``Store.forget_ids``."""
+        with self.lock:
+            entry = self.entry(blob)
+            tables = self.tables(entry)
+            unread = [index for index in indices if index not in tables.had]
+            tables.manifest.forget(unread)
+            try:
+                self._index.put_chunks(entry.record.serial, tables, unread)
+            except BaseException:
+                self._unkeep(entry)
+                raise
+
+    def find_chunk(self, chunk: bytes, *, for_peers: bool) -> tuple[bytes, int] | None:
         with self.lock:
             for serial, index in self._index.places(chunk):
                 entry = self._serials.get(serial)
-                if entry is not None and not entry.suspect:
+                if entry is not None and not entry.suspect and not (for_peers and entry.record.private):
                     return entry.blob, index
         return None
 

@@ -327,6 +327,10 @@ class Store:
         """Learn ids that were unknown here; returns the chunks whose ids differ, left as they are. Quick."""
         return self._catalog.merge_ids(blob, manifest)
 
+    def forget_ids(self, blob: bytes, indices: Iterable[int]) -> None:
+        """Make ids of missing chunks unknown again: they were somebody's mistake. Quick."""
+        self._catalog.forget_ids(blob, indices)
+
     def set_checked(self, blob: bytes) -> None:
         """The blob has been compared with what its origin states. Quick."""
         with self._catalog.lock:
@@ -348,9 +352,9 @@ class Store:
             self._catalog.lose(entry, indices)
             self._index.sync()  # before good bytes replace the bad: a crash must not bring the old record back
 
-    def find_chunk(self, chunk: bytes) -> tuple[bytes, int] | None:
-        """A place here that has the chunk with this id, as (blob, index). Quick."""
-        return self._catalog.find_chunk(chunk)
+    def find_chunk(self, chunk: bytes, *, for_peers: bool = False) -> tuple[bytes, int] | None:
+        """A place here that has the chunk with this id (and that ``for_peers`` may know), as (blob, index). Quick."""
+        return self._catalog.find_chunk(chunk, for_peers=for_peers)
 
     # -- holding and removing
 

@@ -1,0 +1,62 @@
+"""A blob on its way to this host, as all who have to do with it share it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from weightcache.core.bitmap import ChunkSet
+from weightcache.core.manifest import Manifest
+from weightcache.core.snapshot import FileEntry
+from weightcache.node.report import Tally
+from weightcache.node.spans import Spans
+from weightcache.node.swarm import Place
+from weightcache.store import Landing
+
+COMING = ("origin", "peers", "local")  # where chunks come from
+
+Heard = Callable[[int, int], None]  # of bytes [begin, end) that are had now
+Shared = dict[bytes, dict[int, Place]]  # peer -> chunk of one blob -> the same chunk in another blob of that peer
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """A blob on its way. ``done`` ends with it; ``users`` wait for it, and when none is left it is given up."""
+
+    entry: FileEntry
+    manifest: Manifest
+    had: ChunkSet
+    writer: Landing
+    handle: int
+    rank: int
+    done: asyncio.Future[None]
+    tally: Tally = field(default_factory=Tally)
+    spans: dict[str, Spans] = field(default_factory=lambda: {name: Spans() for name in COMING})
+    listeners: list[Heard] = field(default_factory=list)
+    users: int = 0
+    local: dict[int, Place] = field(default_factory=dict)  # chunk -> (blob, its chunk) on this disk
+    shared: Shared = field(default_factory=dict)
+    opened: set[str] = field(default_factory=set)  # processes that were handed the writer
+    teller: bytes | None = None  # the peer whose word the manifest's ids were; None: nobody's, or a publisher's
+    claims: set[bytes] = field(default_factory=set)  # peers that were believed: their manifest, or a chunk's id
+    accused: set[bytes] = field(default_factory=set)  # peers that sent other bytes than those claims say
+    borrowed: set[int] = field(default_factory=set)  # chunks that came by an id known before, and not from the origin
+    alone: bool = False  # what was published of it turned out wrong: only the origin is believed
+
+    @property
+    def blob(self) -> bytes:
+        return self.manifest.blob
+
+    @property
+    def at_hand(self) -> int:
+        """Bytes that need not come over the network: had, or to be copied on this disk."""
+        plan = self.manifest.plan
+        return sum(plan.span(chunk)[1] for chunk in {*self.had, *self.local})
+
+    @property
+    def nearby(self) -> int:
+        """Bytes that peers have in other blobs, and this host nowhere."""
+        plan = self.manifest.plan
+        chunks = {chunk for places in self.shared.values() for chunk in places}
+        return sum(plan.span(chunk)[1] for chunk in chunks.difference(self.had, self.local))
