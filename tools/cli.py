@@ -17,7 +17,7 @@ import typer
 from weightcache.client import Client
 from weightcache.config import Config
 from weightcache.core.source import is_source
-from weightcache.errors import BlobCorrupt, ConfigError, StoreError, WeightcacheError
+from weightcache.errors import BlobCorrupt, ConfigError, StoreError, WeightcacheError, from_wire
 from weightcache.tools import exits, show
 from weightcache.tools.options import command, parse_size
 from weightcache.version import __version__
@@ -352,6 +352,55 @@ def manifest(
         return
     common = chunks.shared(ours, described(other))
     print(show.as_line(common) if as_json else show.shared(what, other, common))
+
+
+@command(app, "publish")
+def publish(
+    config: Config,
+    as_json: bool,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="an object, a prefix, or a repository")],
+    to: Annotated[str, typer.Option("--to", metavar="WHERE", help="beside, fleet, or a file or directory")] = "beside",
+    force: Annotated[bool, typer.Option("--force", help="replace what is there and says otherwise")] = False,
+) -> None:
+    """Publish manifests, so that others fetch only what differs.
+
+    A source that is not here is pulled first. What is published are the ids of its chunks: with them, the first host to
+    load a fine-tune already takes what it shares with its base from its own disk or from peers. WHERE: beside the
+    object (NAME.weightcache, with the daemon's credentials), into the fleet's directory (Redis), or a file.
+
+    --json prints one object a line for each file of 1 MiB or more: path, source, version, size, bytes, to, state
+    (published, replaced, same; error with error and message). The exit code is the first failure's.
+
+    \b
+    weightcache publish s3://models/fine-tune.safetensors
+    weightcache publish hf://org/name --to fleet
+    """
+    code = asyncio.run(_publish(config, source, to, force, as_json))
+    if code:
+        raise typer.Exit(code)
+
+
+async def _publish(config: Config, source: str, to: str, force: bool, as_json: bool) -> int:
+    from weightcache.tools import publish as publishing
+    from weightcache.tools.progress import publishing as bars
+
+    place, path = publishing.target(to)
+    with bars(source) as hear:
+        async with Client(config) as client:
+            rows = await client.publish(source, hear, to=place, force=force)
+    if path is not None:
+        many = len(rows) > 1
+        rows = [publishing.keep(row, path, many=many, force=force) if "data" in row else row for row in rows]
+    failed = [row for row in rows if row["state"] == "error"]
+    if as_json:
+        for row in rows:
+            print(show.as_line({key: value for key, value in row.items() if key != "event"}), flush=True)
+    else:
+        if len(failed) < len(rows):
+            print(publishing.told([row for row in rows if row["state"] != "error"]))
+        for row in failed:
+            exits.say(row["error"], row["message"], as_json=False)
+    return from_wire(failed[0]["error"], "").exit_code if failed else 0
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

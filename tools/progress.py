@@ -41,6 +41,38 @@ def pulling() -> Iterator[Callable[[str], Listener]]:
 
 
 @contextlib.contextmanager
+def publishing(source: str) -> Iterator[Listener]:
+    """A bar over the bytes that have to be here, then over the manifests."""
+    if not sys.stderr.isatty():
+        yield _deaf
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(16),
+        DownloadColumn(),
+        TextColumn("{task.fields[state]}", markup=False),
+    )
+    with _live(*columns) as progress:
+        task = progress.add_task(_tail(plain(source)), total=None, state="asking")
+        files = done = 0
+
+        def hear(event: Json) -> None:
+            nonlocal files, done
+            match event["event"]:
+                case "publishing" | "progress":
+                    files = event.get("files", files)
+                    state = "reading" if event["done"] < event["total"] else ""
+                    progress.update(task, total=event["total"], completed=event["done"], state=state)
+                case "file":
+                    done += 1
+                    progress.update(task, completed=progress.tasks[0].total, state=f"{done}/{files} manifests")
+
+        yield hear
+
+
+@contextlib.contextmanager
 def verifying() -> Iterator[Listener]:
     """One bar over the blobs that are read again."""
     if not sys.stderr.isatty():

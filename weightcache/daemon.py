@@ -1,8 +1,8 @@
 """The daemon: a node behind HTTP on a Unix socket, for workers, the command line, and Prometheus.
 
-JSON in, JSON out; what takes a while (load, verify, publish) answers a line of JSON at a time. A load's leases last as long as
-its connection. An error is ``{"error": CLASS, "message": ONE LINE}`` with a status to match; in the middle of a stream
-it is the last line.
+JSON in, JSON out; what takes a while (load, verify, publish) answers a line of JSON at a time. A load's leases last as
+long as its connection. An error is ``{"error": CLASS, "message": ONE LINE}`` with a status to match; in the middle of a
+stream it is the last line.
 """
 
 from __future__ import annotations

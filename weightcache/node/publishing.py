@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 
 class Publisher:
-    """Publishes what this host has whole. ``registry()`` is the fleet's directory, if there is one that keeps things."""
+    """Publishes what this host has whole. ``registry()`` is the fleet's directory, if one keeps things."""
 
     def __init__(self, store: Store, calls: OriginCalls, registry: Callable[[], Registry | None]) -> None:
         self._store = store
