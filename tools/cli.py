@@ -108,8 +108,9 @@ def pull(
 
     What was interrupted goes on where it stopped. All sources are tried; the exit code is the first failure's.
 
-    --json prints one object a line, as each source ends: source, revision, path, bytes_total, bytes_by_source (local;
-    peer, by address; origin), seconds, stages, fallbacks. Of a source that failed: source, error, message.
+    --json prints one object a line, as each source ends: source, revision, path, bytes_total, bytes_here (on this
+    disk before, if only in other files), bytes_nearby (in peers' other files), bytes_by_source (local; peer, by
+    address; origin), seconds, stages, fallbacks. Of a source that failed: source, error, message.
 
     \b
     weightcache pull hf://org/name@main

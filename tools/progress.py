@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from weightcache.tools.show import human, plain
+from weightcache.tools.show import already, human, plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -128,8 +128,9 @@ class _Bar:
             case "snapshot":
                 self._sizes = [file["size"] for file in event["files"]]
                 self._had = [sum(end - begin for begin, end in file["had"]) for file in event["files"]]
-                here = sum(self._had)
-                self._progress.update(self._task, total=sum(self._sizes), sources=f"{human(here)} here" if here else "")
+                total = sum(self._sizes)
+                known = already(event["here"], event["nearby"], total)
+                self._progress.update(self._task, total=total, sources=known)
             case "had":
                 self._had[event["file"]] += sum(end - begin for begin, end in event["ranges"])
             case "progress":

@@ -99,9 +99,18 @@ def pulled(report: Json) -> str:
     lines = [f"{plain(report['source'])}  {speed}"]
     if not here:
         lines += ["  " + line for line in columns(("from", "bytes", "share"), rows, "bytes,share").splitlines()]
+    if known := already(report["bytes_here"], report["bytes_nearby"], total):
+        lines.append(f"  when it began: {known.removesuffix('; pulling the rest')}")
     lines += [f"  seconds: {stages}", f"  path: {plain(report['path'])}"]
     lines += [f"  fell back: {plain(reason)}" for reason in report["fallbacks"]]
     return "\n".join(lines)
+
+
+def already(here: int, nearby: int, total: int) -> str:
+    """How much of a source need not come from its origin, before the first byte has: "" for nothing worth a word."""
+    parts = [(here, "is here already"), (nearby, "is in other files of peers")]
+    said = [f"{100 * size // total}% {where}" for size, where in parts if total and 100 * size >= total]
+    return f"{', '.join(said)}; pulling the rest" if said and here < total else ""
 
 
 def listing(found: Json) -> str:

@@ -6,6 +6,7 @@ as any peer would; then it breaks one promise, named by ``lie``:
     of chunks     wrong bytes, own id, wrong length, garbage, silence, reset, busy, missing, unknown, stranger
     of control    mute (answers no call), odd (answers what nobody asked)
     of manifests  no manifest, other manifest, wrong ids (and bytes to match)
+    of shares     shares (says to have whatever is asked for, as part of something else)
     of snapshots  no snapshot, climbing, absolute, foreign (a source that is not asked for), local (file://)
 """
 
@@ -36,7 +37,7 @@ from weightcache.net.control import ControlConnection, connect
 from weightcache.net.handshake import Handshake
 from weightcache.node.swarm import Info
 
-CALLS = ("find", "want", "manifest")
+CALLS = ("find", "want", "manifest", "shares")
 
 
 @dataclass
@@ -150,6 +151,8 @@ class BadPeer:
                 return [self._state(blob) for blob in body]
             case "manifest":
                 return self._manifest(body)
+            case "shares" if self.lie == "shares":
+                return [[next(iter(self._blobs)), 0] for _ in body]
         return None
 
     def _state(self, name: bytes) -> list[Any] | None:

@@ -42,7 +42,7 @@ class Object:
 
     @property
     def path(self) -> str:
-        return re.escape(self.key)
+        return re.escape(self.key) + r"(\?|$)"  # and nothing beside it
 
 
 @pytest.fixture(scope="module")

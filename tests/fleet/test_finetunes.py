@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
-from tests.fleet.bad_peer import read
+import pytest
+
+from tests.fleet.bad_peer import BadPeer, read
 from tests.fleet.daemons import Daemon, from_peers
 from tests.fleet.weights import tensors
+from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from weightcache.core.ids import chunk_id
+from weightcache.core.layout import head_length, plan_from_head
+from weightcache.core.manifest import Manifest
+from weightcache.core.published import SUFFIX, encode_published
+from weightcache.core.snapshot import FileEntry
+from weightcache.core.source import parse_source
+from weightcache.errors import BlobCorrupt
 
 MIB = 1 << 20
 COUNT = 20  # tensors of a MiB and more each: chunks of their own
 SIZE = 2 * MIB
 SMALL = 400 << 10  # bytes: headers, manifests and the like
+_numbers = count()
 
 
 def tuned(base: bytes, share: float, seed: int) -> bytes:
@@ -56,3 +70,158 @@ def test_a_published_fine_tune_moves_only_what_differs(s3: S3Server, tmp_path: P
         assert from_peers(there) >= len(tune) - own - SMALL
         assert s3.proxy.egress <= own + SMALL
         assert there["fallbacks"] == []
+
+
+# -- what is published may be wrong
+
+
+@dataclass
+class Tune:
+    """A base that ``host`` has, and an object that shares half of it; ``entry`` as the origin states it."""
+
+    host: Daemon
+    base: bytes
+    data: bytes
+    entry: FileEntry
+
+    @property
+    def source(self) -> str:
+        return str(self.entry.source)
+
+    @property
+    def manifest(self) -> Manifest:
+        return manifest_of(self.entry, self.data)
+
+
+def manifest_of(entry: FileEntry, data: bytes) -> Manifest:
+    """What the chunks of ``data`` are, said of ``entry``."""
+    plan = plan_from_head(len(data), data[: head_length(data[:9], len(data))])
+    return Manifest(entry.blob, plan, b"".join(chunk_id(data[at : at + length]) for at, length in plan))
+
+
+@pytest.fixture(scope="module")
+def host(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with Daemon(tmp_path_factory.mktemp("tunes"), env=s3_server.env()) as host:
+        yield host
+
+
+@pytest.fixture
+def tune(host: Daemon, s3: S3Server) -> Tune:
+    number = next(_numbers)
+    base = tensors(COUNT, SIZE, seed=number)
+    data = tuned(base, 0.5, seed=1000 + number)
+    s3.put("tunes", f"{number}/base.safetensors", base)
+    host.pull(f"s3://tunes/{number}/base.safetensors")
+    tag = s3.put("tunes", f"{number}/tune.safetensors", data)
+    source = parse_source(f"s3://tunes/{number}/tune.safetensors")
+    return Tune(host, base, data, FileEntry("tune.safetensors", source, f"etag:{tag}", len(data)))
+
+
+def put_beside(s3: S3Server, tune: Tune, data: bytes) -> None:
+    s3.put("tunes", tune.entry.source.path + SUFFIX, data)
+    s3.proxy.reset_counts()
+
+
+def half_known(tune: Tune) -> bytes:
+    manifest = tune.manifest
+    manifest.forget(range(1, len(manifest), 2))
+    return encode_published(tune.entry, manifest)
+
+
+UNUSABLE: dict[str, tuple[Callable[[Tune], bytes], str]] = {
+    "nothing": (lambda tune: b"", "no manifest"),
+    "garbage": (lambda tune: b"\xc1" * 1000, "no manifest"),
+    "html": (lambda tune: b"<html>not found</html>", "no manifest"),
+    "another version": (
+        lambda tune: encode_published(replace(tune.entry, version="etag:0123"), tune.manifest),
+        "of another version (etag:0123",
+    ),
+    "another object": (
+        lambda tune: encode_published(tune.entry, manifest_of(replace(tune.entry, version="etag:0"), tune.data)),
+        "of another object",
+    ),
+    "half of it": (half_known, "does not cover the whole object"),
+    "another plan": (
+        lambda tune: encode_published(
+            tune.entry, Manifest(tune.entry.blob, plan_from_head(len(tune.data), None), b"x" * 32 * 6)
+        ),
+        "do not follow from the object's header",
+    ),
+    "another header": (
+        lambda tune: encode_published(tune.entry, manifest_of(tune.entry, b"\0" * 4096 + tune.data[4096:])),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_what_cannot_be_its_manifest_is_ignored_and_told(s3: S3Server, tune: Tune, what: str) -> None:
+    make, why = UNUSABLE[what]
+    put_beside(s3, tune, make(tune))
+    report = tune.host.pull(tune.source)
+    assert read(report) == tune.data
+    (line,) = report["fallbacks"]
+    assert line.startswith("published manifest: not used: ")
+    assert why in line
+    assert report["bytes_by_source"]["origin"] == len(tune.data)
+
+
+def test_a_wrong_id_costs_only_what_it_was_to_save(s3: S3Server, tune: Tune) -> None:
+    """The load goes on from the origin, which confirms what was copied by the other ids meanwhile."""
+    manifest = tune.manifest
+    manifest.learn(len(manifest) - 1, bytes(range(32)))
+    put_beside(s3, tune, encode_published(tune.entry, manifest))
+    report = tune.host.pull(tune.source)
+    assert read(report) == tune.data
+    (line,) = report["fallbacks"]
+    assert line.startswith("published manifest: left aside")
+    assert s3.proxy.egress <= len(tune.data) * 1.5 + SMALL
+    tune.host.evict(tune.source)
+    report = tune.host.pull(tune.source)
+    assert read(report) == tune.data
+    (line,) = report["fallbacks"]
+    assert line.startswith("published manifest: not used: ")  # it is not believed again
+
+
+def right(tune: Tune) -> bool:
+    """Whether a load gives the object's bytes; one that fails names it."""
+    with suppress(BlobCorrupt):
+        return read(tune.host.pull(tune.source)) == tune.data
+    return False
+
+
+@pytest.mark.parametrize("planted", ["one chunk", "every chunk"])
+def test_what_a_published_manifest_plants_is_found_out(s3: S3Server, tune: Tune, planted: str) -> None:
+    """Ids of what lies here, said of an object that has other bytes: the origin's digest of the whole tells."""
+    wrong = manifest_of(tune.entry, tune.base)
+    if planted == "one chunk":
+        wrong, lie = tune.manifest, wrong
+        wrong.learn(len(wrong) - 1, lie.id(len(lie) - 1) or b"")
+    put_beside(s3, tune, encode_published(tune.entry, wrong))
+    wait_until(lambda: right(tune), 20, "the object's own bytes")
+
+
+def test_a_planted_chunk_is_not_confirmed_by_the_origin(s3: S3Server, tune: Tune) -> None:
+    """One that was handed out ends the load, in an error; the next one goes without the manifest."""
+    wrong, lie = tune.manifest, manifest_of(tune.entry, tune.base)
+    wrong.learn(len(wrong) - 1, lie.id(len(lie) - 1) or b"")
+    wrong.learn(len(wrong) - 2, bytes(range(32)))
+    put_beside(s3, tune, encode_published(tune.entry, wrong))
+    with pytest.raises(BlobCorrupt, match="whoever published it"):
+        tune.host.pull(tune.source)
+    report = tune.host.pull(tune.source)
+    assert read(report) == tune.data
+
+
+def test_a_peer_that_only_says_to_share_costs_a_retry(s3: S3Server, tune: Tune, tmp_path: Path) -> None:
+    put_beside(s3, tune, encode_published(tune.entry, tune.manifest))
+    base = str(tune.entry.source).replace("tune.", "base.")
+    with Daemon(tmp_path / "host", env=s3.env()) as victim, BadPeer("shares") as peer:
+        peer.copy(tune.host, base, tune.base)
+        peer.meet(victim)
+        report = victim.pull(tune.source)
+        assert peer.asked["shares"] >= 1
+        assert peer.asked["get"] >= 1
+    assert read(report) == tune.data
+    assert any(line.startswith(f"peer {peer.address}: ") for line in report["fallbacks"])
+    assert report["bytes_nearby"] > 0

@@ -10,6 +10,7 @@ from tests.fleet.daemons import Daemon, Json, from_peers
 from tests.fleet.weights import CHUNK, tensors
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from weightcache.errors import SourceChanged
 
 HOSTS = 4
 NEVER = 1 << 60  # bytes: what stalls after so many passes
@@ -68,3 +69,32 @@ def test_a_host_that_dies_is_made_up_for(s3: S3Server, tmp_path: Path) -> None:
             reports = [pull.result(60) for pull in pulls]
         for report in reports:
             assert Path(report["path"]).read_bytes() == data
+
+
+def test_an_object_replaced_in_mid_herd_is_named_and_nobody_gets_a_mixture(s3: S3Server, tmp_path: Path) -> None:
+    """Every load of it ends, what else runs goes on, and the next load gets the new bytes from whoever has them."""
+    older, newer, other = (tensors(48, TENSOR, seed=seed) for seed in (2, 3, 4))
+    s3.put("main", "replaced.safetensors", older)
+    s3.put("main", "other.safetensors", other)
+    source = "s3://main/replaced.safetensors"
+    with ExitStack() as stack:
+        hosts = herd(tmp_path, stack, s3.env())
+        s3.proxy.stall(r"replaced\.safetensors(\?|$)", after=NEVER, times=8)  # versions, headers, perhaps some bytes
+        stall = s3.proxy.stall(r"replaced\.safetensors(\?|$)", after=TENSOR // 2, times=1000)
+        aside = s3.proxy.stall(r"other\.safetensors(\?|$)", after=TENSOR // 2, times=1000)
+        with ThreadPoolExecutor(2 * HOSTS) as threads:
+            going_on = threads.submit(hosts[0].pull, "s3://main/other.safetensors")
+            assert aside.struck.wait(20)
+            loads = [threads.submit(host.pull, source) for host in hosts]
+            assert stall.struck.wait(20)
+            s3.put("main", "replaced.safetensors", newer)
+            s3.proxy.heal()
+            errors = [load.exception(60) for load in loads]
+            assert Path(going_on.result(60)["path"]).read_bytes() == other
+        for error in errors:
+            assert isinstance(error, SourceChanged), error
+            assert source in str(error)
+        s3.proxy.reset_counts()
+        for report in pull_at_once(hosts, source):
+            assert Path(report["path"]).read_bytes() == newer
+        assert s3.proxy.egress <= 1.5 * len(newer) + HOSTS * FIRST_READ

@@ -195,7 +195,7 @@ class Blobs:
             coming.teller = teller
             coming.claims.add(teller)
         if known.why:
-            coming.tally.note(f"published manifest: not used: {known.why}")
+            coming.unused = f"published manifest: not used: {known.why}"
         return coming
 
     def _elsewhere(self, manifest: Manifest) -> tuple[dict[int, Place], dict[int, bytes]]:

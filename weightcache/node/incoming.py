@@ -42,6 +42,7 @@ class Incoming:
     claims: set[bytes] = field(default_factory=set)  # peers that were believed: their manifest, or a chunk's id
     accused: set[bytes] = field(default_factory=set)  # peers that sent other bytes than those claims say
     borrowed: set[int] = field(default_factory=set)  # chunks that came by an id known before, and not from the origin
+    unused: str = ""  # why something published of it is not used
     alone: bool = False  # what was published of it turned out wrong: only the origin is believed
 
     @property

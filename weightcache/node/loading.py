@@ -78,6 +78,8 @@ class Loading:
         self.files: list[File] = []
         self.snapshot: Snapshot | None = None  # with just the files that are meant
         self._whole = True
+        # Bytes of it, when it was opened, that this host has already, if only in other files; and that peers have so.
+        self.here = self.nearby = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,6 +114,8 @@ class Loading:
             "revision": self.snapshot.revision,
             "directory": str(self._store.directory(self.snapshot)),
             "single": self.snapshot.single,
+            "here": self.here,
+            "nearby": self.nearby,
             "files": [
                 {"path": file.entry.path, "size": file.entry.size, "at": str(file.at), "had": file.ranges}
                 for file in self.files
@@ -187,7 +191,18 @@ class Loading:
             if outcome is not None:
                 raise self._seen(outcome)
         self._lap("plan", now)
+        self._count_known()
         return snapshot
+
+    def _count_known(self) -> None:
+        seen: set[bytes] = set()
+        for file in self.files:
+            if file.coming is None or file.entry.blob in seen:
+                self.here += file.entry.size
+            else:
+                seen.add(file.entry.blob)
+                self.here += file.coming.at_hand
+                self.nearby += file.coming.nearby
 
     def _is_here(self, blob: bytes) -> bool:
         info = self._store.info(blob)
@@ -202,6 +217,8 @@ class Loading:
             ranges = _joined([coming.manifest.plan.span(chunk) for chunk in coming.had])
             had = sum(end - begin for begin, end in ranges)
             file = File(entry, at, coming, had, ranges, coming.tally.copy())
+            if coming.unused:
+                self._tally.note(coming.unused)
             self._tally.local += had
 
             def heard(begin: int, end: int) -> None:
@@ -240,6 +257,8 @@ class Loading:
             self.snapshot.revision,
             str(path),
             self.snapshot.size,
+            self.here,
+            self.nearby,
             self.tally(),
             time.monotonic() - self._began,
             self._stages,

@@ -64,6 +64,8 @@ class Report:
     revision: str
     path: str
     bytes_total: int
+    here: int  # bytes that were on this disk when it began, if only in other files; ``nearby``: in peers' other files
+    nearby: int
     tally: Tally
     seconds: float
     stages: dict[str, float]  # seconds spent in "resolve", "plan", "transfer", "link"
@@ -76,6 +78,8 @@ class Report:
             "revision": self.revision,
             "path": self.path,
             "bytes_total": self.bytes_total,
+            "bytes_here": self.here,
+            "bytes_nearby": self.nearby,
             "bytes_by_source": {"local": self.tally.local, "peer": self.tally.peers, "origin": self.tally.origin},
             "seconds": round(self.seconds, 6),
             "stages": {stage: round(seconds, 6) for stage, seconds in self.stages.items()},
