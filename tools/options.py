@@ -27,6 +27,7 @@ _METAVARS = {
     "discover": "HOW",
     "cluster_key_file": "FILE",
     "datacenter": "NAME",
+    "prefer": "PLACE",
     "capacity": "SIZE",
     "fresh": "SECONDS",
     "metrics": "HOST:PORT",
@@ -93,7 +94,8 @@ def _setting(setting: Setting) -> inspect.Parameter:
     many = isinstance(setting.default, tuple)
     doc = setting.doc + ("; may be repeated" if many else "")
     if setting.default not in (None, ()):
-        doc += f" [default: {setting.default}]"
+        default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+        doc += f" [default: {default}]"
     return _option(
         setting.key.replace(".", "_"),
         list[str] | None if many else str | None,

@@ -7,7 +7,6 @@ Each field below carries its reader and its documentation; nothing else lists th
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 import re
@@ -15,9 +14,30 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from weightcache.address import (
+    REDIS,
+    Address,
+    parse_address,
+    parse_host,
+    parse_redis,
+    parse_text,
+    without_secrets,
+)
 from weightcache.errors import ConfigError
+
+__all__ = [
+    "Address",
+    "Config",
+    "OriginConfig",
+    "Setting",
+    "cluster_key",
+    "load_config",
+    "parse_address",
+    "parse_discover",
+    "settings",
+]
 
 MAX_SOCKET_PATH = 107  # bytes: what a sockaddr_un holds besides the closing zero
 MIN_KEY, MAX_KEY = 16, 4096  # bytes of a cluster key
@@ -31,35 +51,9 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("IB", 1024))
 }
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)")
-_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-class Address(NamedTuple):
-    """A host (a name, or an IP without brackets) and a TCP port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it. Of names only localhost is trusted to be."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host.lower() == "localhost"
-
-    @property
-    def is_wildcard(self) -> bool:
-        """Whether it stands for every interface, and so for nothing that a peer could connect to."""
-        try:
-            return ipaddress.ip_address(self.host).is_unspecified
-        except ValueError:
-            return False
+_PLACES = ("local", "origin", "remote")
 
 
 # Readers: from what a file, a variable or an option holds to a setting's value. ValueError says what is expected.
@@ -67,45 +61,24 @@ class Address(NamedTuple):
 Reader = Callable[[object], Any]
 
 
-def parse_address(value: object) -> Address:
-    """``HOST:PORT``, an IPv6 address in brackets. Raises ValueError."""
-    host, _, port = _text(value).rpartition(":")
-    naked = ":" in host and not (host.startswith("[") and host.endswith("]"))
-    if not host or naked or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-        raise ValueError("HOST:PORT is expected, an IPv6 address in brackets")
-    return Address(_host(host), int(port))
-
-
 def parse_discover(value: object) -> tuple[str, str, int]:
-    """``zeroconf``, ``static`` or ``dns:NAME[:PORT]`` as (kind, name, port); port 0: not given. Raises ValueError."""
-    kind, _, name = (text := _text(value)).partition(":")
+    """``zeroconf``, ``static``, ``dns:NAME[:PORT]`` or a Redis URL as (kind, name, port); port 0: not given.
+
+    Raises ValueError. For the rest of a Redis URL see ``parse_redis``.
+    """
+    kind, _, name = (text := parse_text(value)).partition(":")
     if text in ("zeroconf", "static"):
         return kind, "", 0
+    if kind in REDIS:
+        return "redis", *parse_redis(text).address
     if kind != "dns" or not name:
-        raise ValueError("zeroconf, static or dns:NAME[:PORT] is expected")
+        raise ValueError("zeroconf, static, dns:NAME[:PORT] or redis://HOST[:PORT][/DATABASE] is expected")
     address = parse_address(name if ":" in name else f"{name}:0")
     return kind, address.host, address.port
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("text is expected")
-    return value.strip()
-
-
-def _host(value: object) -> str:
-    text = _text(value)
-    try:
-        return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
-    except ValueError:
-        pass
-    if not _HOST.fullmatch(text) or text.replace(".", "").isdigit():  # only digits and dots: a broken IP address
-        raise ValueError("a host name or an IP address is expected")
-    return text
-
-
 def _reachable(value: object) -> str:
-    host = _host(value)
+    host = parse_host(value)
     if Address(host, 0).is_wildcard:
         raise ValueError("a host name or an IP address that peers can connect to is expected")
     return host
@@ -124,18 +97,27 @@ def _peer(value: object) -> str:
 
 def _discover(value: object) -> str:
     kind, name, port = parse_discover(value)
+    if kind == "redis":
+        return parse_text(value)
     return kind if kind != "dns" else f"{kind}:{Address(name, port) if port else name}"
 
 
+def _prefer(value: object) -> tuple[str, ...]:
+    places: tuple[str, ...] = _each(parse_text)(value)
+    if places[:1] != ("local",) or "origin" not in places or len({*places} & {*_PLACES}) != len(places):
+        raise ValueError("local, then origin and remote in either order, or origin alone, are expected")
+    return places
+
+
 def _source_prefix(value: object) -> str:
-    text = _text(value)
+    text = parse_text(value)
     if "://" not in text:
         raise ValueError("how sources begin is expected, such as s3://bucket/")
     return text
 
 
 def _label(value: object) -> str:
-    text = _text(value)
+    text = parse_text(value)
     if not _LABEL.fullmatch(text):
         raise ValueError("1 to 64 letters, digits, '.', '_' or '-' are expected")
     return text
@@ -143,7 +125,7 @@ def _label(value: object) -> str:
 
 def _path(value: object) -> Path:
     try:
-        path = Path(value if isinstance(value, Path) else _text(value)).expanduser().absolute()
+        path = Path(value if isinstance(value, Path) else parse_text(value)).expanduser().absolute()
     except RuntimeError as error:  # no such user, or no home
         raise ValueError(str(error)) from None
     if "\0" in str(path):
@@ -253,13 +235,27 @@ class Config:
         default=(), metadata=_about(_each(_peer), "HOST:PORT of the other daemons, for static discovery")
     )
     discover: str = field(
-        default="static", metadata=_about(_discover, "how peers are found: static, zeroconf or dns:NAME[:PORT]")
+        default="static",
+        repr=False,  # it may hold a password
+        metadata=_about(
+            _discover,
+            "how peers are found: static, zeroconf, dns:NAME[:PORT] or redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE] "
+            "(also rediss, valkey, valkeys)",
+        ),
     )
     cluster_key_file: Path | None = field(
         default=None,
         metadata=_about(_optional(_path), "file with the cluster's secret; without one nothing but loopback is served"),
     )
     datacenter: str = field(default="default", metadata=_about(_label, "datacenter this host states to its peers"))
+    prefer: tuple[str, ...] = field(
+        default=_PLACES,
+        metadata=_about(
+            _prefer,
+            "whom chunks come from, best first: local (peers of this datacenter), then origin and remote (peers of "
+            "others), once a datacenter; without remote: never from those",
+        ),
+    )
     capacity: int | None = field(
         default=None,
         metadata=_about(_optional(_size), "bytes the store may take: 200GB, 1.5TiB; default: what the disk has"),
@@ -311,19 +307,21 @@ class Config:
         """Raise ConfigError if the settings contradict each other, or would serve strangers."""
         kind, name, port = parse_discover(self.discover)
         if self.peers and kind != "static":
-            raise ConfigError(f"discover is {self.discover}, so peers would be ignored: remove one of the two")
+            raise ConfigError(
+                f"discover is {without_secrets(self.discover)}, so peers would be ignored: remove one of the two"
+            )
         if kind == "dns" and not port and not parse_address(self.listen).port:
             raise ConfigError(f"discover is {self.discover} without a port and listen has none to go by: add :PORT")
         _ = self.socket_path, self.advertised
         if self.cluster_key_file is None:
-            self._stay_local(Address(name, port) if kind == "dns" else None)
+            self._stay_local(Address(name, port) if kind in ("dns", "redis") else None)
 
-    def _stay_local(self, dns: Address | None) -> None:
+    def _stay_local(self, asked: Address | None) -> None:
         reached = [("listen", self.listen), *(("peers", peer) for peer in self.peers)]
         if self.metrics is not None:
             reached.append(("metrics", self.metrics))
-        if dns is not None:
-            reached.append(("discover", str(dns)))
+        if asked is not None:
+            reached.append(("discover", str(asked)))
         for key, address in reached:
             if not parse_address(address).is_loopback:
                 raise ConfigError(
@@ -410,7 +408,7 @@ def load_config(
         try:
             values[setting.key] = setting.read(value)
         except ValueError as error:
-            raise ConfigError(f"{place}: {str(value)[:100]!r}: {error}") from None
+            raise ConfigError(f"{place}: {without_secrets(value)[:100]!r}: {error}") from None
     config: Config = _build(Config, values, "")
     return config
 

@@ -21,7 +21,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def settings_table() -> str:
     rows = []
     for setting in settings():
-        default = "" if setting.default in (None, ()) else f"`{setting.default}`"
+        usual = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+        default = "" if usual in (None, "") else f"`{usual}`"
         rows.append((f"`{setting.key}`", f"`{spelling(setting)}`", default, setting.doc))
     return _table(("key", "option of `daemon`", "default", "what it is"), rows)
 

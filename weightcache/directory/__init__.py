@@ -1,7 +1,8 @@
-"""Who is alive, behind one interface: a list, a DNS name, or the LAN."""
+"""Who is alive, behind one interface: a list, a DNS name, the LAN, or a Redis server."""
 
 from __future__ import annotations
 
+from weightcache.address import parse_redis
 from weightcache.config import Config, parse_address, parse_discover
 from weightcache.directory.base import Changed, Directory, Member, Registry, View, manifest_name, snapshot_name
 from weightcache.directory.dns import DnsDirectory
@@ -30,6 +31,10 @@ def open_directory(config: Config, key: bytes | None) -> Directory:
 
         interface = config.advertised if listen.is_wildcard else listen.host
         return SteadyDirectory(LanDirectory(interface, config.datacenter, key))
+    if kind == "redis":
+        from weightcache.directory.redis import RedisDirectory  # redis is large, too
+
+        return SteadyDirectory(RedisDirectory(parse_redis(config.discover), config.datacenter, key))
     if kind == "dns":
         return SteadyDirectory(DnsDirectory(name, port or listen.port))
     return StaticDirectory(config.peers)

@@ -13,11 +13,12 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A peer's control address, and its node id if the directory knows it."""
+    """A peer's control address, and its node id and datacenter ("": not told) if the directory knows them."""
 
     host: str
     port: int
     node_id: bytes | None = None
+    datacenter: str = ""
 
 
 View = frozenset[Member]
