@@ -30,7 +30,6 @@ from weightcache.core.events import (
     PeerReads,
     Reach,
     Tick,
-    Via,
     Wake,
 )
 from weightcache.core.layout import ChunkPlan
@@ -77,8 +76,18 @@ class Host:
 class Herd:
     """Hosts that load one blob of equal chunks. ``egress``: bytes that the origin has sent."""
 
-    def __init__(self, seed: int, hosts: int, plan: ChunkPlan, link: float, origin: float, reach: Reach = Reach.RANGED):
+    def __init__(
+        self,
+        seed: int,
+        hosts: int,
+        plan: ChunkPlan,
+        link: float,
+        origin: float,
+        reach: Reach = Reach.RANGED,
+        prefer: tuple[str, ...] = (),
+    ) -> None:
         self.random = random.Random(seed)
+        self._prefer = prefer
         self.plan, self.origin, self.reach = plan, origin, reach
         self.now = self.egress = 0.0
         self.hosts = [self._host(self.random.randbytes(32), link) for _ in range(hosts)]
@@ -88,10 +97,22 @@ class Herd:
         self._numbers = count()
 
     def _host(self, name: bytes, link: float) -> Host:
-        return Host(name, Planner(self.random.getrandbits(32), me=name), link)
+        return Host(name, Planner(self.random.getrandbits(32), me=name, prefer=self._prefer), link)
 
     def at(self, when: float, what: Callable[[], None]) -> None:
         heapq.heappush(self._due, (when, next(self._numbers), what))
+
+    # -- where hosts are
+
+    def remote(self, one: Host, other: Host) -> bool:
+        """Whether they are in different datacenters."""
+        return False
+
+    def _is_outside(self, host: Host, sender: Host | None) -> bool:
+        return sender is None or self.remote(host, sender)
+
+    def arrives(self, host: Host, sender: Host | None, chunk: int) -> None:
+        """A chunk has arrived."""
 
     # -- what hosts do
 
@@ -107,7 +128,8 @@ class Herd:
             if other.loading:
                 self.feed(other, PeerReads(host.name, BLOB, ()))
                 host.listeners.append(other)
-                reads = [c for t in other.transfers.values() if t.sender is None for c in t.fetch.chunks[t.arrived :]]
+                outside = (t for t in other.transfers.values() if self._is_outside(other, t.sender))
+                reads = [chunk for transfer in outside for chunk in transfer.fetch.chunks[transfer.arrived :]]
                 readers.append((other.name, reads))
             if other.had:
                 all_of_it = len(other.had) == len(self.plan)
@@ -152,7 +174,7 @@ class Herd:
         assert sender is None or set(fetch.chunks) <= sender.had, "a peer is asked for what it has not got"
         lengths = [self.plan.span(chunk)[1] for chunk in fetch.chunks]
         transfer = host.transfers[fetch.request] = Transfer(host, fetch, lengths, sender, left=lengths[0])
-        if fetch.via is Via.ORIGIN:
+        if self._is_outside(host, sender):
             self._tell(host, PeerReads(host.name, BLOB, fetch.chunks))
         self.at(self.now + (FIRST_BYTE if sender is None else 2 * LATENCY), partial(self._begin, transfer))
 
@@ -232,6 +254,7 @@ class Herd:
         else:
             del host.transfers[transfer.fetch.request]
             self._over(transfer)
+        self.arrives(host, transfer.sender, chunk)
         if chunk not in host.had:
             host.had.add(chunk)
             self._announce(host, chunk)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from tests.core.virtual import World
+from weightcache.core import loads
 from weightcache.core import planner as rules
 from weightcache.core.events import Done, GiveUp, Kind, Reach, Via
 from weightcache.core.layout import CHUNK
@@ -26,7 +27,7 @@ def test_a_dead_origin_and_a_failing_peer_are_waited_for_in_vain() -> None:
     assert wanted.end.error == "OriginUnavailable"
     assert world.origin.detail in wanted.end.message
     assert peer.name.hex()[:12] in wanted.end.message
-    assert rules.PATIENCE <= wanted.ended_at <= rules.PATIENCE + rules.HEARTBEAT
+    assert loads.PATIENCE <= wanted.ended_at <= loads.PATIENCE + rules.HEARTBEAT
 
 
 def test_a_dead_origin_is_asked_a_few_times_by_one_read_at_a_time() -> None:

@@ -20,7 +20,8 @@ from weightcache.core.events import (
     Wake,
 )
 from weightcache.core.layout import CHUNK, plan
-from weightcache.core.planner import PATIENCE, Planner
+from weightcache.core.loads import PATIENCE
+from weightcache.core.planner import Planner
 
 BLOB, PEER = bytes(32), b"p" * 16
 COUNT = 40

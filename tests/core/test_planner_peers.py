@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 from tests.core.virtual import MIB, World
+from weightcache.core import loads
 from weightcache.core import planner as rules
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.events import Done, Fetch, GiveUp, Got, Kind, LoadAdded, PeerHas, Reach
@@ -144,7 +145,7 @@ def test_a_load_whose_turn_comes_late_is_not_given_up() -> None:
     world.run()
     assert isinstance(first.end, Done)
     assert isinstance(last.end, Done)
-    assert first.ended_at > rules.PATIENCE + rules.HEARTBEAT
+    assert first.ended_at > loads.PATIENCE + rules.HEARTBEAT
 
 
 # -- who is late
@@ -239,7 +240,7 @@ def test_a_liar_is_not_asked_again_and_named_in_the_end() -> None:
     assert wanted.end.error == "LoadFailed"
     assert liar.name.hex()[:12] in wanted.end.message
     assert "mismatch: lying peer" in wanted.end.message
-    assert rules.PATIENCE <= wanted.ended_at <= rules.PATIENCE + rules.HEARTBEAT
+    assert loads.PATIENCE <= wanted.ended_at <= loads.PATIENCE + rules.HEARTBEAT
     asked = len(world.asked_of(liar))
     assert asked <= UNPROVEN_CHUNKS
 
@@ -300,7 +301,7 @@ def test_a_load_does_not_live_forever_on_newcomers_that_deliver_nothing() -> Non
     world.run()
     assert isinstance(wanted.end, GiveUp)
     assert "stalled" in wanted.end.message
-    assert rules.LONGEST_STALL <= wanted.ended_at <= rules.LONGEST_STALL + rules.HEARTBEAT
+    assert loads.LONGEST_STALL <= wanted.ended_at <= loads.LONGEST_STALL + rules.HEARTBEAT
 
 
 def test_when_nothing_is_on_its_way_every_chunk_is_looked_at() -> None:

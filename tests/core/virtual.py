@@ -33,6 +33,7 @@ from weightcache.core.events import (
     PeerGot,
     PeerHas,
     PeerLeft,
+    PeerMet,
     PeerPardoned,
     PeerReads,
     Reach,
@@ -66,6 +67,7 @@ class Peer:
     behaviour: str
     rate: float  # bytes/s
     wait: float  # what it asks for when it says BUSY
+    remote: bool = False
     present: bool = True
     free_at: float = 0.0  # it sends one chunk after the other
     holds: dict[bytes, set[int]] = field(default_factory=dict)  # as far as it said, and was not found out
@@ -107,9 +109,10 @@ class Flight:
 
 
 class World:
-    def __init__(self, seed: int, streams: int = 8) -> None:
+    def __init__(self, seed: int, streams: int = 8, prefer: tuple[str, ...] = ()) -> None:
         self.random = random.Random(seed)
-        self.planner = Planner(seed, streams)
+        self.planner = Planner(seed, streams, prefer=prefer)
+        self.prefer = prefer
         self.streams = streams
         self.now = 0.0
         self.peers: dict[bytes, Peer] = {}
@@ -127,8 +130,12 @@ class World:
 
     # -- setting the scene
 
-    def add_peer(self, name: str, behaviour: str = "good", rate: float = 500e6, wait: float = 0.05) -> Peer:
-        peer = self.peers[name.encode()] = Peer(name.encode(), behaviour, rate, wait)
+    def add_peer(
+        self, name: str, behaviour: str = "good", rate: float = 500e6, wait: float = 0.05, *, remote: bool = False
+    ) -> Peer:
+        peer = self.peers[name.encode()] = Peer(name.encode(), behaviour, rate, wait, remote)
+        if remote:
+            self.feed(PeerMet(peer.name, remote=True))
         return peer
 
     def want(
@@ -426,9 +433,13 @@ class World:
             assert chunks <= peer.holds.get(fetch.blob, set()), "a peer is asked for what it has not got"
             assert self.now >= peer.rests_until, "a peer that rests is asked"
             assert self.now >= peer.liar_until, "a liar is asked again"
+            if peer.remote:
+                assert "remote" in self.prefer, "another datacenter is asked"
+                assert not self._usable_holders(fetch.blob, fetch.chunks[0]), "it is asked for what is near"
 
     def _usable_holders(self, blob: bytes, chunk: int) -> list[bytes]:
-        return [p.name for p in self.peers.values() if chunk in p.holds.get(blob, ()) and self._usable(p)]
+        near = [peer for peer in self.peers.values() if not peer.remote and self._usable(peer)]
+        return [peer.name for peer in near if chunk in peer.holds.get(blob, ())]
 
     def _check_state(self) -> None:
         via_peer: dict[bytes, list[Flight]] = {}

@@ -110,7 +110,7 @@ async def test_a_look_without_news_brings_a_few_bytes_and_no_host_sees_more_than
             digest, views = host.directory._digest, len(host.views)
             await host.directory._look()
             assert (host.directory._digest, len(host.views)) == (digest, views)
-        assert all(len(host.directory.view()) == 3 for host in far)
+        await until(lambda: all(len(host.directory.view()) == 3 for host in far))
 
 
 async def test_a_server_that_is_killed_costs_news_and_all_is_told_anew(

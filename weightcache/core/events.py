@@ -76,6 +76,14 @@ class LoadRemoved:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerMet:
+    """``peer`` is there; said before anything of what it has. ``remote``: of another datacenter."""
+
+    peer: Peer
+    remote: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PeerHas:
     """``peer`` states what it has of ``blob``: all (None), or a set that replaces what it stated before."""
 
@@ -154,7 +162,7 @@ class Tick:
 
 
 OfPeer = PeerHas | PeerGot | PeerReads | PeerQuits  # what one says of a blob
-Event = LoadAdded | LoadRemoved | OfPeer | PeerLeft | PeerPardoned | Got | Failed | Congested | Tick
+Event = LoadAdded | LoadRemoved | OfPeer | PeerMet | PeerLeft | PeerPardoned | Got | Failed | Congested | Tick
 
 
 @dataclass(frozen=True, slots=True)

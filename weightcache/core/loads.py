@@ -10,79 +10,30 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from weightcache.core.bitmap import ChunkSet
-from weightcache.core.events import LoadAdded, OfPeer, Peer, PeerGot, PeerHas, PeerQuits, PeerReads, Reach, Where
+from weightcache.core.bits import members
+from weightcache.core.events import LoadAdded, OfPeer, Peer, PeerGot, PeerHas, PeerQuits, PeerReads, Reach, Via, Where
 from weightcache.core.ids import short
 from weightcache.core.layout import ChunkPlan
+from weightcache.core.peers import Peers
 from weightcache.core.turns import Turns
 
+PATIENCE = 30.0  # seconds without progress for which a load waits for resting peers when nobody else is left
+LONGEST_STALL = 300.0  # seconds without progress after which it ends although peers are still being tried
 NAMED = 3  # failed peers that a last word names
 
 
-@dataclass(slots=True)
-class Request:
-    blob: bytes
-    via: Where
-    pending: dict[int, int]  # chunk -> length
-    sent: float
+@dataclass(slots=True, kw_only=True)
+class Holders:
+    """Which peers have which chunks of a blob."""
 
-
-@dataclass(slots=True)
-class Load:
-    blob: bytes
-    plan: ChunkPlan
-    rank: int
-    origin: Reach
-    attempts: int
-    missing: int  # chunks neither had nor under way
-    local: int  # chunks to be copied from this host's own disk
-    left: int  # how many are not had
-    progressed: float  # when a chunk last arrived, or it was merely not this load's turn
     holders: list[int]  # of each chunk: the peers that have some, and it
-    turns: Turns
     held: int = 0  # chunks that have such holders
     partial: int = 0  # peers that have some
     complete: int = 0  # peers that have all
-    flights: dict[int, list[int]] = field(default_factory=dict)  # chunk -> requests
-    reading: int = 0  # requests at the origin
-    tries: dict[int, int] = field(default_factory=dict)  # chunk -> failed reads from the origin
-    tried: int = 0  # chunks of which there are such
-    spent: int = 0  # chunks for which it will not be asked any more
-    origin_rests_until: float = float("-inf")
-    origin_failures: int = 0  # since it last delivered
-    origin_error: tuple[str, str] = ("LoadFailed", "no origin can be read from here")
-    failed: dict[Peer, str] = field(default_factory=dict)  # the last failure of each peer, latest last
 
-    @classmethod
-    def begin(cls, event: LoadAdded, me: Peer, now: float) -> Self:
-        """A load at its beginning, before any peer is known."""
-        count = len(event.plan)
-        missing = ((1 << count) - 1) & ~int.from_bytes(event.had.bits, "little")
-        local = missing & int.from_bytes(ChunkSet(count, event.local).bits, "little")
-        return cls(
-            event.blob, event.plan, event.rank, event.origin, event.attempts, missing, local,
-            left=missing.bit_count(), progressed=now, holders=[0] * count,
-            turns=Turns(me, event.blob, event.plan, event.origin),
-        )  # fmt: skip
-
-    def hear(self, slot: int, event: OfPeer, now: float) -> None:
-        """What a peer says of the blob. A set of chunks that does not fit is ignored."""
-        match event:
-            case PeerGot():
-                self.gain(slot, event.chunks)
-                self.turns.got(slot, event.chunks, now)
-            case PeerReads():
-                self.turns.join(slot, event.peer)
-                self.turns.reads(slot, event.chunks, now)
-            case PeerQuits():
-                self.turns.quit(slot)
-            case PeerHas(chunks=None):
-                self.learn(slot, ChunkSet(len(self.plan), full=True))
-                self.turns.quit(slot)
-            case PeerHas(chunks=ChunkSet() as chunks) if chunks.size == len(self.plan):
-                self.learn(slot, chunks)
-
-    def length(self, chunk: int) -> int:
-        return self.plan.span(chunk)[1]
+    def having(self, chunk: int) -> int:
+        """The peers that have a chunk."""
+        return self.complete | self.holders[chunk]
 
     def learn(self, slot: int, chunks: ChunkSet) -> None:
         """The peer has these chunks and no others."""
@@ -112,11 +63,6 @@ class Load:
             self.partial ^= bit
             self._strike(bit, range(len(self.holders)))
 
-    def leave(self, slot: int) -> None:
-        """The peer is gone."""
-        self.lose(slot)
-        self.turns.quit(slot)
-
     def lack(self, slot: int, chunks: Iterable[int]) -> None:
         """The peer has not got these chunks, whatever it said."""
         bit = 1 << slot
@@ -132,10 +78,92 @@ class Load:
                 if not self.holders[chunk]:
                     self.held ^= 1 << chunk
 
-    def origin_gave(self, request: Request, now: float) -> None:
-        """The origin has brought a chunk that ``request`` still awaits."""
-        self.origin_failures = 0
-        self.origin_rests_until = min(self.origin_rests_until, now)
+
+@dataclass(slots=True)
+class Request:
+    blob: bytes
+    via: Where
+    pending: dict[int, int]  # chunk -> length
+    sent: float
+    outside: bool = False  # of the own datacenter: at the origin, or at a remote peer
+
+
+@dataclass(slots=True)
+class Load(Holders):
+    blob: bytes
+    plan: ChunkPlan
+    rank: int
+    origin: Reach
+    attempts: int
+    missing: int  # chunks neither had nor under way
+    local: int  # chunks to be copied from this host's own disk
+    left: int  # how many are not had
+    progressed: float  # when a chunk last arrived, or it was merely not this load's turn
+    turns: Turns
+    far: Holders  # the holders of other datacenters; those of this one are the load's own
+    flights: dict[int, list[int]] = field(default_factory=dict)  # chunk -> requests
+    reading: int = 0  # requests outside
+    tries: dict[int, int] = field(default_factory=dict)  # chunk -> failed reads from the origin
+    tried: int = 0  # chunks of which there are such
+    spent: int = 0  # chunks for which it will not be asked any more
+    origin_rests_until: float = float("-inf")
+    origin_failures: int = 0  # since it last delivered
+    origin_error: tuple[str, str] = ("LoadFailed", "no origin can be read from here")
+    failed: dict[Peer, str] = field(default_factory=dict)  # the last failure of each peer, latest last
+
+    @classmethod
+    def begin(cls, event: LoadAdded, me: Peer, now: float) -> Self:
+        """A load at its beginning, before any peer is known."""
+        count = len(event.plan)
+        missing = ((1 << count) - 1) & ~int.from_bytes(event.had.bits, "little")
+        local = missing & int.from_bytes(ChunkSet(count, event.local).bits, "little")
+        return cls(
+            event.blob, event.plan, event.rank, event.origin, event.attempts, missing, local,
+            left=missing.bit_count(), progressed=now, holders=[0] * count, far=Holders(holders=[0] * count),
+            turns=Turns(me, event.blob, event.plan, event.origin),
+        )  # fmt: skip
+
+    def hear(self, slot: int, event: OfPeer, now: float) -> None:
+        """What a peer says of the blob. A set of chunks that does not fit is ignored."""
+        match event:
+            case PeerGot():
+                self.gain(slot, event.chunks)
+                self.turns.got(slot, event.chunks, now)
+            case PeerReads():
+                self.turns.join(slot, event.peer)
+                self.turns.reads(slot, event.chunks, now)
+            case PeerQuits():
+                self.turns.quit(slot)
+            case PeerHas(chunks=None):
+                self.learn(slot, ChunkSet(len(self.plan), full=True))
+                self.turns.quit(slot)
+            case PeerHas(chunks=ChunkSet() as chunks) if chunks.size == len(self.plan):
+                self.learn(slot, chunks)
+
+    def hear_from_afar(self, slot: int, event: OfPeer) -> None:
+        """What a peer of another datacenter says: it may have chunks, and has no part in the turns of this one."""
+        match event:
+            case PeerGot():
+                self.far.gain(slot, event.chunks)
+            case PeerHas(chunks=None):
+                self.far.learn(slot, ChunkSet(len(self.plan), full=True))
+            case PeerHas(chunks=ChunkSet() as chunks) if chunks.size == len(self.plan):
+                self.far.learn(slot, chunks)
+
+    def length(self, chunk: int) -> int:
+        return self.plan.span(chunk)[1]
+
+    def leave(self, slot: int) -> None:
+        """The peer is gone."""
+        self.lose(slot)
+        self.far.lose(slot)
+        self.turns.quit(slot)
+
+    def outside_gave(self, request: Request, now: float) -> None:
+        """The origin, or a remote peer, has brought a chunk that ``request`` still awaits."""
+        if request.via is Via.ORIGIN:
+            self.origin_failures = 0
+            self.origin_rests_until = min(self.origin_rests_until, now)
         if len(request.pending) == 1:
             self.turns.took(now - request.sent)
 
@@ -146,6 +174,25 @@ class Load:
             self.tried |= 1 << chunk
             if self.tries[chunk] >= self.attempts:
                 self.spent |= 1 << chunk
+
+    def stuck(self, peers: Peers, congested: bool, now: float) -> bool:
+        """Whether nothing can be expected any more. ``congested``: this host's own disk is waited for."""
+        if congested:
+            self.progressed = now
+        spent = self.missing & ~self.local
+        if self.origin is not Reach.NONE:
+            spent &= self.spent
+        if self.flights:
+            return not self.reading and now >= self.progressed + LONGEST_STALL
+        if not spent:
+            return False
+        hopeful = self.complete or self.far.complete or self.turns.shared
+        if self.origin is not Reach.NONE and not hopeful and spent & ~(self.held | self.far.held):
+            return True  # the origin was the last who had it
+        able = peers.open | (peers.busy & peers.owing)
+        if any((self.having(chunk) | self.far.having(chunk)) & able for chunk in members(spent)):
+            self.progressed = now  # it is merely not its turn
+        return now >= self.progressed + PATIENCE
 
     def run(self, chunk: int, wanted: int, usable: int, limit: int) -> list[int]:
         """``chunk`` and the ``wanted`` neighbours behind it that no ``usable`` peer has, up to ``limit`` bytes."""

@@ -68,10 +68,11 @@ class PeerState:
 
 
 class Peers:
-    """All that are known. ``open``, ``busy`` and ``owing`` are sets of slots; ``owed`` are the bytes of them all."""
+    """All that are known. ``open``, ``busy``, ``owing`` and ``remote`` (those of other datacenters) are sets of slots;
+    ``owed`` are the bytes of them all."""
 
     def __init__(self) -> None:
-        self.open = self.busy = self.owing = 0
+        self.open = self.busy = self.owing = self.remote = 0
         self.owed = 0
         self._all = PeerState(b"", -1, rate=LINK_RATE)  # what they deliver together: this host may be the slow one
         self._known: dict[Peer, PeerState] = {}
@@ -103,12 +104,18 @@ class Peers:
         peer.gone = False
         return peer
 
+    def place(self, peer: PeerState, *, remote: bool) -> None:
+        """Where it is."""
+        bit = 1 << peer.slot
+        self.remote = self.remote | bit if remote else self.remote & ~bit
+
     def leave(self, peer: PeerState, now: float) -> None:
         """It went away and owes nothing. One that rests is remembered: leaving and coming back clears nothing."""
         peer.gone = True
         if peer.rests_until <= now:
             self.open &= ~(1 << peer.slot)
             self.busy &= ~(1 << peer.slot)
+            self.remote &= ~(1 << peer.slot)
             self._slots[peer.slot] = None
             del self._known[peer.name]
 

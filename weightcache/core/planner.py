@@ -7,8 +7,8 @@ A *load* is one blob that this host wants. Its missing chunks are taken from ran
 everything in one order has one queue); loads are served by rank (small files, then text encoders, denoisers, the rest),
 and equals take turns. A chunk comes, in this order, from this host's own disk, from a peer that has it, from the
 origin. The origin is asked only when no usable peer has the chunk: one that is merely busy is waited for; and of what
-the whole swarm lacks, each member reads its share (turns.py). Among holders
-one is sampled in proportion to rate / (bytes owed + length): never the best one, which all would pick.
+the whole swarm lacks, each member reads its share (turns.py), from there or from another datacenter (outside.py).
+Among holders one is sampled in proportion to rate / (bytes owed + length): never the best one, which all would pick.
 
 Failures route by kind. A peer that failed rests for a growing while, then proves itself with one chunk; one that lied
 (wrong bytes, broken protocol) is not asked for LIAR_REST seconds. A request past its soft deadline is hedged, within a
@@ -24,6 +24,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 
 from weightcache.core.bits import members, members_from_anywhere
@@ -47,6 +48,7 @@ from weightcache.core.events import (
     PeerGot,
     PeerHas,
     PeerLeft,
+    PeerMet,
     PeerPardoned,
     PeerQuits,
     PeerReads,
@@ -58,6 +60,7 @@ from weightcache.core.events import (
 )
 from weightcache.core.layout import CHUNK
 from weightcache.core.loads import Load, Request
+from weightcache.core.outside import Outside
 from weightcache.core.pace import Pace
 from weightcache.core.peers import NEVER, Peers, PeerState
 from weightcache.core.turns import ORIGIN_READ
@@ -72,8 +75,6 @@ FIRST_REST, LONGEST_REST = 1.0, 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 LONGEST_BUSY = 5.0  # seconds for which a peer's BUSY is believed at a time
 BUSY_PATIENCE = 10.0  # a peer that says BUSY for longer and delivers nothing has failed
-PATIENCE = 30.0  # seconds without progress for which a load waits for resting peers when nobody else is left
-LONGEST_STALL = 300.0  # seconds without progress after which it ends although peers are still being tried
 HEARTBEAT = 5.0
 CHUNKS_SEEN, LOADS_SEEN, LATE_SEEN = 16, 8, 4  # looked at in vain before a turn is given up: bounds one decision
 
@@ -89,8 +90,10 @@ class Planner:
         peer_rate: float | None = None,
         origin_rate: float | None = None,
         me: Peer = b"",
+        prefer: Sequence[str] = (),
     ) -> None:
         self._me = me
+        self._outside = Outside(prefer)
         self._random = random.Random(seed)
         self._streams = streams
         self._peer_pace, self._origin_pace = Pace(peer_rate), Pace(origin_rate)
@@ -106,10 +109,8 @@ class Planner:
         self._beat = NEVER  # the next heartbeat
         self._woken = NEVER  # the Wake that was sent last
         self._arrived = -NEVER  # when any chunk last did
-        self._reading = 0  # requests at origins
-        self._copying = 0  # requests at this host's own disk
-        self._asked = 0  # bytes, ever
-        self._hedged = 0  # bytes, ever
+        self._reading = self._copying = 0  # requests at origins, and at this host's own disk
+        self._asked = self._hedged = 0  # bytes, ever
         self._out: list[Action] = []
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -123,6 +124,8 @@ class Planner:
                 self._failed(event, now)
             case PeerGot() | PeerHas() | PeerReads() | PeerQuits():
                 self._hear(event, now)
+            case PeerMet():
+                self._peers.place(self._peers.meet(event.peer, now), remote=event.remote)
             case PeerLeft():
                 self._peer_left(event, now)
             case PeerPardoned():
@@ -140,8 +143,8 @@ class Planner:
         beat = now >= self._beat
         self._dispatch(now, thorough=beat or not self._requests)
         for load in list(self._loads.values()):
-            if beat or (load.spent and not load.flights):
-                self._check_stuck(load, now)
+            if (beat or (load.spent and not load.flights)) and load.stuck(self._peers, self._congested, now):
+                self._give_up(load, *load.last_word(), now)
         self._plan_wake(now)
         return self._out
 
@@ -185,7 +188,9 @@ class Planner:
     def _hear(self, event: OfPeer, now: float) -> None:
         load = self._loads.get(event.blob)
         if load is not None:
-            load.hear(self._peers.meet(event.peer, now).slot, event, now)
+            slot = self._peers.meet(event.peer, now).slot
+            far = self._peers.remote >> slot & 1
+            self._outside.hear(load, slot, event) if far else load.hear(slot, event, now)
 
     def _peer_left(self, event: PeerLeft, now: float) -> None:
         peer = self._peers.get(event.peer)
@@ -203,8 +208,8 @@ class Planner:
         if request is None or event.chunk not in request.pending:
             return
         load = self._loads[request.blob]
-        if request.via is Via.ORIGIN:
-            load.origin_gave(request, now)
+        if request.outside:
+            load.outside_gave(request, now)
         load.left -= 1
         load.progressed = self._arrived = now
         for number in list(load.flights[event.chunk]):  # the hedge that lost, too
@@ -238,8 +243,10 @@ class Planner:
     def _peer_failed(self, load: Load, peer: PeerState, chunks: list[int], event: Failed, now: float) -> None:
         if event.kind is Kind.UNKNOWN:
             load.lose(peer.slot)
+            load.far.lose(peer.slot)
         elif event.kind is Kind.MISSING:
             load.lack(peer.slot, chunks)
+            load.far.lack(peer.slot, chunks)
         elif event.kind in LIES:
             self._rest(load, peer, event.kind, event.detail, LIAR_REST, now)
             self._abandon(peer, now)
@@ -283,7 +290,9 @@ class Planner:
 
     def _ask(self, load: Load, where: Where, chunks: list[int], now: float) -> None:
         number = self._next = self._next + 1
-        request = self._requests[number] = Request(load.blob, where, {c: load.length(c) for c in chunks}, now)
+        remote = isinstance(where, bytes) and self._peers.remote >> self._peers[where].slot & 1 != 0
+        pending = {chunk: load.length(chunk) for chunk in chunks}
+        request = self._requests[number] = Request(load.blob, where, pending, now, remote or where is Via.ORIGIN)
         for chunk, length in request.pending.items():
             load.missing &= ~(1 << chunk)
             load.flights.setdefault(chunk, []).append(number)
@@ -300,11 +309,7 @@ class Planner:
             soft = min(LONGEST_SOFT, SOFT_DEADLINE + 4 * self._peers.expected(peer))
             heapq.heappush(self._deadlines, (now + soft, number, False))
             heapq.heappush(self._deadlines, (now + HARD_FACTOR * soft, number, True))
-        elif where is Via.ORIGIN:
-            self._reading += 1
-            load.reading += 1
-        else:
-            self._copying += 1
+        self._count(request, load, 1)
         whole = where is Via.ORIGIN and load.origin is Reach.STREAM
         self._out.append(Fetch(number, load.blob, where, tuple(chunks), whole))
 
@@ -320,11 +325,12 @@ class Planner:
         if request.pending:
             return
         del self._requests[number]
-        if request.via is Via.ORIGIN:
-            self._reading -= 1
-            load.reading -= 1
-        elif request.via is Via.LOCAL:
-            self._copying -= 1
+        self._count(request, load, -1)
+
+    def _count(self, request: Request, load: Load, more: int) -> None:
+        self._copying += more * (request.via is Via.LOCAL)
+        self._reading += more * request.outside
+        load.reading += more * request.outside
 
     def _end(self, number: int, load: Load, now: float) -> list[int]:
         """Nothing more is awaited from request ``number``: what was, and no other request brings, is missing again."""
@@ -441,20 +447,23 @@ class Planner:
             if local and self._copying < LOCAL_CHUNKS:
                 self._ask(load, Via.LOCAL, [next(members_from_anywhere(local, self._random))], now)
                 return True
-        seen = None if thorough else CHUNKS_SEEN
-        peers = self._peers
-        holders = load.complete | load.partial
-        if peers.owed < HOST_BYTES and holders & peers.open and self._peer_pace.open(now):
+        seen, peers = None if thorough else CHUNKS_SEEN, self._peers
+        able = peers.owed < HOST_BYTES and self._peer_pace.open(now)
+        if able and (load.complete | load.partial) & peers.open:
             some = wanted if load.complete & peers.open else wanted & load.held
-            likely = peers.askable(holders) or thorough
+            likely = peers.askable(load.complete | load.partial) or thorough
             for chunk in islice(members_from_anywhere(some, self._random), seen if likely else 1):
-                if askable := peers.askable(load.complete | load.holders[chunk]):
+                if askable := peers.askable(load.having(chunk)):
                     self._ask(load, peers.sample(askable, load.length(chunk), self._random), [chunk], now)
                     return True
         usable = peers.open | peers.busy
-        if not load.complete & usable and self._origin_open(load, now):
+        origin, far = (
+            self._origin_open(load, now),
+            self._outside.may_ask(load, peers, now) if able and self._may_read(load) else 0,
+        )
+        if not load.complete & usable and (origin or far):
             look, left_alone = load.turns.look, wanted & load.held if load.partial & ~usable else 0
-            wanted = load.turns.mine(wanted & ~load.spent, wanted & ~load.held | left_alone, usable, now)
+            wanted = load.turns.mine(wanted & ~load.spent | wanted & far, wanted & ~load.held | left_alone, usable, now)
             if load.turns.look != look:
                 heapq.heappush(self._pauses, load.turns.look)
             # What failed is tried again in order: soon it is known whether it can be had at all.
@@ -462,39 +471,27 @@ class Planner:
             orders += [members_from_anywhere(wanted & some, self._random) for some in (~load.held, left_alone)]
             for order in orders:
                 for chunk in islice(order, seen):
-                    if not load.holders[chunk] & usable:
+                    if load.holders[chunk] & usable:
+                        continue
+                    if far >> chunk & 1 and (askable := peers.askable(load.far.having(chunk))):
+                        self._ask(load, peers.sample(askable, load.length(chunk), self._random), [chunk], now)
+                        return True
+                    if origin and not load.spent >> chunk & 1 and not self._outside.waits(load, chunk, usable):
                         self._ask(load, Via.ORIGIN, self._run(load, chunk, wanted), now)
                         return True
         return False
 
+    def _may_read(self, load: Load) -> bool:
+        """Whether one more read from outside the own datacenter may be under way."""
+        return load.reading < load.turns.at_once(self._streams) and self._reading < self._streams
+
     def _origin_open(self, load: Load, now: float) -> bool:
-        at_once = 1 if load.origin_failures else load.turns.at_once(self._streams)
-        free = load.reading < at_once and self._reading < self._streams and self._origin_pace.open(now)
+        free = self._may_read(load) and not (load.origin_failures and load.reading) and self._origin_pace.open(now)
         return load.origin is not Reach.NONE and free and now >= load.origin_rests_until
 
     def _run(self, load: Load, chunk: int, wanted: int) -> list[int]:
         """``chunk`` and the neighbours behind it that only the origin has, as far as one read goes."""
         if load.origin is Reach.STREAM:  # all of it passes by anyway
             return list(members(load.missing & ~load.local))
-        return load.run(chunk, wanted, self._peers.open | self._peers.busy, ORIGIN_READ)
-
-    def _check_stuck(self, load: Load, now: float) -> None:
-        """End ``load`` if nothing can be expected any more."""
-        if self._congested:
-            load.progressed = now  # it waits for this host's own disk
-        spent = load.missing & ~load.local
-        if load.origin is not Reach.NONE:
-            spent &= load.spent
-        if load.flights:
-            stuck = not load.reading and now >= load.progressed + LONGEST_STALL
-        elif not spent:
-            return
-        elif load.origin is not Reach.NONE and not (load.complete or load.turns.shared) and spent & ~load.held:
-            stuck = True  # the origin was the last who had it
-        else:
-            able = self._peers.open | (self._peers.busy & self._peers.owing)
-            if any((load.complete | load.holders[chunk]) & able for chunk in members(spent)):
-                load.progressed = now  # it is merely not its turn
-            stuck = now >= load.progressed + PATIENCE
-        if stuck:
-            self._give_up(load, *load.last_word(), now)
+        usable = self._peers.open | self._peers.busy
+        return load.run(chunk, wanted & ~load.spent & ~self._outside.kept(load, usable), usable, ORIGIN_READ)
