@@ -160,6 +160,7 @@ def status(found: Json) -> str:
         ("socket", found["socket"]),
         ("listens", found["listen"] or "no: it serves nobody"),
         ("peers", found["peers"]),
+        ("directory", _directory(found["directory"])),
         ("blobs", f"{blobs['complete']} complete, {blobs['partial']} partial"),
         ("bytes", f"{human(used['used'])} used, {human(used['free'])} free, capacity: {capacity}"),
         ("received", f"{human(moved['origin'])} from origins, {human(sum(moved['peer'].values()))} from peers"),
@@ -170,6 +171,12 @@ def status(found: Json) -> str:
         for load in found["loads"]
     ]
     return facts(pairs)
+
+
+def _directory(found: Json) -> str:
+    if found["trouble"]:
+        return f"{found['discover']}: lost, the last known view is kept: {found['trouble']}"
+    return f"{found['discover']}: {found['members']} members"
 
 
 def peers(rows: Sequence[Json]) -> str:

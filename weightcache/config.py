@@ -103,7 +103,10 @@ def _discover(value: object) -> str:
 
 
 def _prefer(value: object) -> tuple[str, ...]:
-    places: tuple[str, ...] = _each(parse_text)(value)
+    texts = _each(parse_text)(value)
+    places = tuple(
+        part.strip() for text in texts for part in text.split(",")
+    )  # an option holds them all, or is repeated
     if places[:1] != ("local",) or "origin" not in places or len({*places} & {*_PLACES}) != len(places):
         raise ValueError("local, then origin and remote in either order, or origin alone, are expected")
     return places

@@ -36,6 +36,10 @@ class _NodeCollector(Collector):
         )
         yield GaugeMetricFamily("weightcache_loads", "Blobs on their way", value=len(node.transfers.all()))
         yield GaugeMetricFamily("weightcache_peers", "Peers connected", value=len(node.swarm.peers))
+        if (registry := node.swarm.rolls.registry) is not None:
+            yield GaugeMetricFamily(
+                "weightcache_directory_up", "Whether the directory answers", value=not registry.trouble
+            )
         yield GaugeMetricFamily("weightcache_store_used_bytes", "Bytes reserved by blobs", value=node.store.used)
         yield GaugeMetricFamily(
             "weightcache_store_free_bytes", "Bytes that blobs may still take", value=node.store.free

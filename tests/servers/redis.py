@@ -46,10 +46,11 @@ class RedisServer:
 
     def call(self, *words: str | bytes) -> bytes:
         """The first packet of what it answers, as it is."""
-        parts = [word if isinstance(word, bytes) else word.encode() for word in words]
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
-            said = b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
-            connection.sendall(b"*%d\r\n" % len(parts) + said)
+            if self.password:
+                connection.sendall(_command("AUTH", self.password))
+                assert connection.recv(1 << 20) == b"+OK\r\n"
+            connection.sendall(_command(*words))
             return connection.recv(1 << 20)
 
     def keys(self, pattern: str) -> list[str]:
@@ -63,3 +64,8 @@ class RedisServer:
     ) -> None:
         if self._process is not None and self._process.poll() is None:
             self.kill()
+
+
+def _command(*words: str | bytes) -> bytes:
+    parts = [word if isinstance(word, bytes) else word.encode() for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)

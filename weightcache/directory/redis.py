@@ -279,8 +279,12 @@ class RedisDirectory:
         fresh = {blob: how for blob, how in changes.items() if self._held.get(blob) != how}
         if not self._record or not fresh:
             return
-        self._news |= fresh
-        self._held = {blob: how for blob, how in (self._held | fresh).items() if how != "-"}
+        self._news.update(fresh)
+        for blob, how in fresh.items():
+            if how == "-":
+                del self._held[blob]
+            else:
+                self._held[blob] = how
         self._has_news.set()
 
     def _next_time(self) -> float:

@@ -81,6 +81,7 @@ class Blobs:
         return blob in self._wanting
 
     def peer_joined(self, peer: Peer) -> None:
+        self._transfers.peer_joined(peer)
         if self._wanting:
             asking = asyncio.ensure_future(self._swarm.want(list(self._wanting), [peer]))
             self._asking.add(asking)
@@ -162,6 +163,7 @@ class Blobs:
             info = self._store.info(blob)
             if info is not None and info.suspect:
                 await asyncio.to_thread(self._store.recheck, blob)
+                self._swarm.rolls.tell([blob])
                 info = self._store.info(blob)
             if info is not None and info.state == "complete":
                 return None

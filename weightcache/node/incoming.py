@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from weightcache.core.bitmap import ChunkSet
+from weightcache.core.ids import short
 from weightcache.core.manifest import Manifest
 from weightcache.core.snapshot import FileEntry
+from weightcache.errors import FormatError
+from weightcache.log import fields
 from weightcache.node.report import Tally
 from weightcache.node.spans import Spans
-from weightcache.node.swarm import Place
+from weightcache.node.swarm import Place, State
 from weightcache.store import Landing
+
+log = logging.getLogger(__name__)
 
 COMING = ("origin", "peers", "local")  # where chunks come from
 
@@ -48,6 +54,22 @@ class Incoming:
     @property
     def blob(self) -> bytes:
         return self.manifest.blob
+
+    def stated(self, peer: bytes, name: str, state: State) -> ChunkSet | None:
+        """What a peer has, by what it stated and of other blobs. A set that does not fit the blob counts as nothing."""
+        size = len(self.manifest)
+        if state.has is True:
+            return None
+        known = [*state.got, *self.shared.get(peer, ())]
+        chunks = ChunkSet(size, (chunk for chunk in known if 0 <= chunk < size))
+        try:
+            stated = ChunkSet.decode(state.has, size) if isinstance(state.has, bytes) and state.has else ()
+        except FormatError as error:
+            log.warning("peer's chunk set ignored", extra=fields(peer=name, blob=short(self.blob), why=str(error)))
+            return chunks
+        for chunk in stated:
+            chunks.add(chunk)
+        return chunks
 
     @property
     def at_hand(self) -> int:

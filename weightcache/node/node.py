@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from weightcache.address import without_secrets
 from weightcache.config import Address, Config, cluster_key, parse_address
 from weightcache.core.manifest import Manifest, encode_manifest
 from weightcache.core.patterns import EVERYTHING, Patterns
@@ -30,9 +31,10 @@ from weightcache.node.manifests import Manifests
 from weightcache.node.processes import BulkProcess
 from weightcache.node.publishing import Publisher
 from weightcache.node.report import Tally
-from weightcache.node.resolver import Resolver, is_shared
+from weightcache.node.resolver import Resolver
 from weightcache.node.serving import Serving
 from weightcache.node.swarm import Info, Peer, Place, State, Swarm
+from weightcache.node.teaching import Teacher, is_shared
 from weightcache.node.transfers import Transfers
 from weightcache.node.trust import Trust
 from weightcache.node.upkeep import Upkeep
@@ -61,7 +63,8 @@ class Node:
         self.store = await asyncio.to_thread(Store.open, config.store, config.capacity)
         self.started = time.time()
         self.trust = Trust(self._lied)
-        self.swarm = Swarm(self.store.node_id, key, self, self.trust)
+        self.swarm = Swarm(self.store.node_id, key, self, self.trust, remote="remote" in config.prefer)
+        self._teacher = Teacher(self.store, self._registry)
         settings = {"key": key or b"", "node_id": self.store.node_id}
         origin = asdict(config.origin) | {"file_roots": [str(root) for root in config.origin.file_roots]}
         receiving = settings | {"streams": config.peer_streams}
@@ -75,9 +78,11 @@ class Node:
         self._manifests = Manifests(self.store, self.swarm, self._calls, self.trust, self._registry)
         self.blobs = Blobs(self.store, self.swarm, self._manifests, self.transfers, self.trust)
         self.publisher = Publisher(self.store, self._calls, self._registry)
-        self.resolver = Resolver(self.store, self.swarm, self._calls, self.trust, policy.admit, config.fresh)
+        self.resolver = Resolver(
+            self.store, self.swarm, self._calls, self.trust, self._teacher, policy.admit, config.fresh
+        )
         self.serving = Serving(self.store, dict(settings))
-        self.upkeep = Upkeep(self.store, self.blobs, self.transfers, self.serving, self.swarm)
+        self.upkeep = Upkeep(self.store, self.blobs, self.transfers, self.serving, self.swarm, self._teacher)
         try:
             await self._join(parse_address(config.listen), key)
         except BaseException:
@@ -97,7 +102,9 @@ class Node:
         self.swarm.introduce(Info(config.datacenter, control, bulk, __version__))
         self._directory = open_directory(config, key)
         me = Member(self.address.host, self.address.port, self.store.node_id)
+        self.swarm.rolls.registry = registry_of(self._directory)
         await self._directory.start(me, self._members_changed)
+        self.swarm.rolls.tell(info.blob for info in self.store.blobs())
         self.upkeep.resume()
         log.info("node started", extra=fields(store=str(config.store), listen=control, bulk=bulk))
 
@@ -106,6 +113,7 @@ class Node:
         self.store.interrupt()
         if self._directory is not None:
             await self._directory.close()
+        await self._teacher.close()
         await self.upkeep.close()
         self.transfers.close()
         await self.swarm.close()
@@ -114,6 +122,9 @@ class Node:
             await asyncio.to_thread(self.store.close)
         except RuntimeError:  # the interpreter ends: it lends no more threads, and nobody else needs this loop
             self.store.close()
+
+    def _registry(self) -> Registry | None:
+        return self.swarm.rolls.registry
 
     def _members_changed(self, view: View) -> None:
         self.swarm.members(view)
@@ -156,9 +167,6 @@ class Node:
         self._manifests.doubt(blob)
         self.swarm.announce_state(blob, has=False)
         self._spawn(self.serving.drop(blob))
-
-    def _registry(self) -> Registry | None:
-        return registry_of(self._directory) if self._directory is not None else None
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -263,7 +271,9 @@ class Node:
         if missing:
             name = snapshot.source.public
             raise UnknownBlob(f"{name}: {missing} of its files are not complete; finish with: weightcache pull {name}")
-        directory = await asyncio.to_thread(self.store.materialise, snapshot, whole=len(snapshot.files) == len(known.files))
+        directory = await asyncio.to_thread(
+            self.store.materialise, snapshot, whole=len(snapshot.files) == len(known.files)
+        )
         return directory / snapshot.files[0].path if snapshot.single else directory
 
     async def manifests(self, source: str) -> list[tuple[FileEntry, Manifest]]:
@@ -322,6 +332,11 @@ class Node:
                 for coming in self.transfers.all()
             ],
             "peers": len(self.swarm.peers),
+            "directory": {
+                "discover": without_secrets(self.config.discover),
+                "members": len(self._directory.view()) if self._directory is not None else 0,
+                "trouble": self.swarm.rolls.registry.trouble if self.swarm.rolls.registry is not None else "",
+            },
             "moved": {"origin": moved.origin, "peer": moved.peers, "local": moved.local, "sent": self.serving.sent},
             "processes": {p.role: p.pid for p in (self.serving.process, self._receiver, self._reader)},
         }

@@ -1,4 +1,4 @@
-"""From a source to a snapshot: what this host knows, what its peers know, what the origin states.
+"""From a source to a snapshot: what this host knows, what the cluster knows, what the origin states.
 
 A source pinned by commit or content needs no second look. A mutable one is believed for ``fresh`` seconds from when
 anyone in the cluster last asked the origin, so hosts that start together ask it about once between them. When the
@@ -20,17 +20,13 @@ from weightcache.errors import FormatError, OriginUnavailable
 from weightcache.node.calls import OriginCalls
 from weightcache.node.report import Tally
 from weightcache.node.swarm import Peer, Swarm
+from weightcache.node.teaching import Teacher, is_shared
 from weightcache.node.trust import Trust
 from weightcache.store import Store
 
 PEERS_SECONDS = 1.0  # for which a host that has just started waits to meet its peers
 
 log = logging.getLogger(__name__)
-
-
-def is_shared(source: Source) -> bool:
-    """Whether peers may hear of a source: a path means something else on every host, and a query may be a secret."""
-    return source.scheme != "file" and not source.query
 
 
 class Resolver:
@@ -42,6 +38,7 @@ class Resolver:
         swarm: Swarm,
         origin: OriginCalls,
         trust: Trust,
+        teacher: Teacher,
         admit: Callable[[Source], None],
         fresh: float,
     ) -> None:
@@ -49,6 +46,7 @@ class Resolver:
         self._swarm = swarm
         self._origin = origin
         self._trust = trust
+        self._teacher = teacher
         self._admit = admit
         self._fresh = fresh
         self._running: dict[tuple[Source, bool], asyncio.Task[tuple[Snapshot, str]]] = {}
@@ -89,7 +87,9 @@ class Resolver:
         if is_shared(source):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._swarm.settled(), PEERS_SECONDS)
-            seen += [(snapshot, peer.name) for peer, snapshot in await self._ask_peers(source)]
+            told, learned = await asyncio.gather(self._ask_peers(source), self._teacher.snapshot(source))
+            seen += [(snapshot, peer.name) for peer, snapshot in told]
+            seen += [(learned, "redis")] if learned is not None else []
         seen.sort(key=lambda item: item[0].resolved_at, reverse=True)
         if seen and not revalidate and self._is_fresh(seen[0][0]):
             snapshot = seen[0][0]
@@ -97,6 +97,7 @@ class Resolver:
             try:
                 snapshot = await self._origin.resolve(source)
                 self._doubted.discard(source)
+                self._teacher.resolved(snapshot)
             except OriginUnavailable as error:
                 if not seen:
                     raise

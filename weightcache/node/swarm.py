@@ -35,6 +35,7 @@ from weightcache.errors import ProtocolError, WeightcacheError
 from weightcache.log import fields
 from weightcache.net.control import ControlConnection, ControlServer, connect
 from weightcache.net.handshake import ItselfError
+from weightcache.node.rolls import Rolls
 from weightcache.node.trust import Trust
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Peer:
     datacenter: str
     bulk: Address | None  # None: it serves nothing
     connection: ControlConnection
+    remote: bool = False  # of another datacenter
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +132,15 @@ class Info:
 
 
 class Swarm:
-    """This host among its peers. ``listen`` None: it dials others but serves nobody."""
+    """This host among its peers; who does not ``listen`` serves nobody. ``remote``: it dials other datacenters, too."""
 
-    def __init__(self, node_id: bytes, key: bytes | None, shelf: Shelf, trust: Trust) -> None:
+    def __init__(self, node_id: bytes, key: bytes | None, shelf: Shelf, trust: Trust, *, remote: bool = True) -> None:
         self._id = node_id
         self._key = key
         self._shelf = shelf
         self._trust = trust
+        self._remote = remote
+        self.rolls = Rolls(self._has, self._is_worth_a_visit, self._call_on)
         self._info = Info("", "", "", "")
         self._server: ControlServer | None = None
         self.peers: dict[bytes, Peer] = {}
@@ -166,6 +170,7 @@ class Swarm:
 
     async def close(self) -> None:
         tasks = [*self._dialling.values(), *self._tasks]
+        await self.rolls.close()
         for task in tasks:
             task.cancel()
         if self._flush is not None:
@@ -179,7 +184,7 @@ class Swarm:
 
     def members(self, view: Iterable[Member]) -> None:
         """The directory's view has changed: dial who is new, stop dialling who is gone."""
-        wanted = {Address(member.host, member.port) for member in view if member.node_id != self._id}
+        wanted = {Address(member.host, member.port) for member in view if self._may_dial(member)}
         for address in list(self._dialling):
             if address not in wanted:
                 self._dialling.pop(address).cancel()
@@ -189,6 +194,10 @@ class Swarm:
             self._untried.add(address)
             self._tried.clear()
             self._dialling[address] = asyncio.ensure_future(self._keep(address))
+
+    def _may_dial(self, member: Member) -> bool:
+        near = not member.datacenter or member.datacenter == self._info.datacenter
+        return member.node_id != self._id and (near or self._remote)
 
     def _has_tried(self, address: Address) -> None:
         self._untried.discard(address)
@@ -205,7 +214,7 @@ class Swarm:
         pause = REDIAL_SECONDS[0]
         while True:
             try:
-                peer = next((peer for peer in self.peers.values() if peer.name == str(address)), None)
+                peer = self._named(address)
                 if peer is None:
                     peer = await self._dial(address)
                 self.troubles.pop(str(address), None)
@@ -223,6 +232,16 @@ class Swarm:
                 self._has_tried(address)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, REDIAL_SECONDS[1])
+
+    def _named(self, address: Address) -> Peer | None:
+        return next((peer for peer in self.peers.values() if peer.name == str(address)), None)
+
+    def _is_worth_a_visit(self, member: Member) -> bool:
+        address = Address(member.host, member.port)
+        return self._may_dial(member) and address not in self._dialling and self._named(address) is None
+
+    async def _call_on(self, address: Address) -> ControlConnection:
+        return (await self._dial(address)).connection
 
     async def _dial(self, address: Address) -> Peer:
         """Connect to a member. It may be connected already, under another address or by a connection of its own."""
@@ -250,7 +269,8 @@ class Swarm:
             self._spawn(connection.close())
             return
         name = dialled or info.control or f"{connection.peer_id.hex()[:8]}"
-        peer = Peer(connection.peer_id, name, info.datacenter, bulk, connection)
+        remote = info.datacenter != self._info.datacenter
+        peer = Peer(connection.peer_id, name, info.datacenter, bulk, connection, remote)
         self.peers[peer.id] = peer
         self._spawn(self._until_closed(peer))
         if other is not None:
@@ -342,7 +362,12 @@ class Swarm:
                     if state is not None:
                         self._shelf.peer_state(peer, blob, State(*state))
 
-        await asyncio.gather(*(ask(peer) for peer in (self.askable() if peers is None else peers)))
+        meeting = [self._meet_holders(blobs)] if peers is None else []
+        await asyncio.gather(*meeting, *(ask(peer) for peer in (self.askable() if peers is None else peers)))
+
+    async def _meet_holders(self, blobs: Sequence[bytes]) -> None:
+        met = map(self._named, await self.rolls.meet(blobs))
+        await self.want(blobs, [peer for peer in met if peer is not None])
 
     def unwant(self, blobs: Sequence[bytes]) -> None:
         for peer in self.peers.values():
@@ -380,6 +405,8 @@ class Swarm:
 
     def announce(self, blob: bytes, chunk: int) -> None:
         """Tell who wants it that this host now has a chunk."""
+        if blob not in self.rolls:
+            self.rolls.tell([blob])
         if blob in self._wanted:
             self._news.setdefault(blob, []).append(chunk)
             if self._flush is None:
@@ -392,7 +419,12 @@ class Swarm:
     def announce_state(self, blob: bytes, *, has: bool) -> None:
         """Tell who wants it that this host has all of a blob, or nothing any more."""
         self._news.pop(blob, None)
+        self.rolls.tell([blob])
         self._notify(blob, "has" if has else "gone", blob)
+
+    def _has(self, blob: bytes) -> bool | None:
+        state = self._shelf.state(blob)
+        return state.has is True if state is not None and state.has else None
 
     def _tell(self) -> None:
         self._flush = None

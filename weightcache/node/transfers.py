@@ -35,6 +35,7 @@ from weightcache.core.events import (
     PeerGot,
     PeerHas,
     PeerLeft,
+    PeerMet,
     PeerPardoned,
     PeerQuits,
     PeerReads,
@@ -42,12 +43,13 @@ from weightcache.core.events import (
     Tick,
     Via,
     Wake,
+    Where,
 )
 from weightcache.core.ids import short
 from weightcache.core.manifest import Manifest
 from weightcache.core.planner import Planner
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
-from weightcache.errors import BlobCorrupt, FormatError, WeightcacheError, from_wire, to_wire
+from weightcache.errors import BlobCorrupt, WeightcacheError, from_wire, to_wire
 from weightcache.log import fields
 from weightcache.node.disown import Disowning
 from weightcache.node.incoming import Incoming, Shared
@@ -87,8 +89,9 @@ class Transfers:
         self._peers = peers
         self._trust = trust
         self._planner = Planner(
-            secrets.randbits(64), config.origin.streams, config.peer_bandwidth, config.origin.bandwidth, store.node_id
-        )
+            secrets.randbits(64), config.origin.streams, config.peer_bandwidth, config.origin.bandwidth,
+            store.node_id, config.prefer,
+        )  # fmt: skip
         self._flusher = Flusher(config.dirty_budget or default_budget(), self._congested)
         self._incoming: dict[bytes, Incoming] = {}
         self._handles: dict[int, Incoming] = {}
@@ -128,9 +131,13 @@ class Transfers:
         return self._planner.rate(peer)
 
     def reading(self, blob: bytes) -> list[int]:
-        """The chunks of a blob that are on their way from the origin."""
-        requests = self._requests.values()
-        return [c for coming, fetch, left in requests if coming.blob == blob and fetch.via is Via.ORIGIN for c in left]
+        """The chunks of a blob that are on their way from outside the own datacenter."""
+        requests = [(fetch, left) for coming, fetch, left in self._requests.values() if coming.blob == blob]
+        return [chunk for fetch, left in requests if self._is_outside(fetch.via) for chunk in left]
+
+    def _is_outside(self, via: Where) -> bool:
+        known = self._peers.get(via) if isinstance(via, bytes) else None
+        return via is Via.ORIGIN or (known is not None and known.remote)
 
     def begin(
         self, entry: FileEntry, manifest: Manifest, rank: int, peers: dict[bytes, State], local: dict[int, Place],
@@ -152,7 +159,7 @@ class Transfers:
         """Have the planner see to what is missing."""
         reach = Reach.RANGED if coming.entry.ranged else Reach.STREAM
         stated = {**dict.fromkeys(coming.shared, State()), **peers}
-        known = [(peer, self._chunks(peer, coming, state)) for peer, state in stated.items()]
+        known = [(peer, coming.stated(peer, self._name(peer), state)) for peer, state in stated.items()]
         readers = [(peer, state.reads) for peer, state in peers.items() if state.reads is not None]
         plan, local = coming.manifest.plan, sorted(coming.local)
         added = LoadAdded(coming.blob, plan, coming.had, coming.rank, reach, self._attempts, local, known, readers)
@@ -171,6 +178,9 @@ class Transfers:
 
     # -- news of peers
 
+    def peer_joined(self, peer: Peer) -> None:
+        self._feed(PeerMet(peer.id, remote=peer.remote))
+
     def peer_state(self, peer: bytes, blob: bytes, state: State | None) -> None:
         """What a peer states to have of a blob (None: nothing). A set adds to what it told before: some of that came
         after the set was taken."""
@@ -180,29 +190,11 @@ class Transfers:
         if state is None:
             shared = ChunkSet(len(coming.manifest), coming.shared.get(peer, ()))
             self._feed(PeerHas(peer, blob, shared), PeerQuits(peer, blob))
-        elif (chunks := self._chunks(peer, coming, state)) is None:
+        elif (chunks := coming.stated(peer, self._name(peer), state)) is None:
             self._feed(PeerHas(peer, blob, None))
         else:
             joins = [] if state.reads is None else [PeerReads(peer, blob, state.reads)]
             self._feed(*joins, PeerGot(peer, blob, list(chunks)))
-
-    def _chunks(self, peer: bytes, coming: Incoming, state: State) -> ChunkSet | None:
-        """What a peer has, by what it stated and of other blobs. A set that does not fit the blob counts as nothing."""
-        size = len(coming.manifest)
-        if state.has is True:
-            return None
-        known = [*state.got, *coming.shared.get(peer, ())]
-        chunks = ChunkSet(size, (chunk for chunk in known if 0 <= chunk < size))
-        try:
-            stated = ChunkSet.decode(state.has, size) if isinstance(state.has, bytes) and state.has else ()
-        except FormatError as error:
-            log.warning(
-                "peer's chunk set ignored", extra=fields(peer=self._name(peer), blob=short(coming.blob), why=str(error))
-            )
-            return chunks
-        for chunk in stated:
-            chunks.add(chunk)
-        return chunks
 
     def peer_got(self, peer: bytes, blob: bytes, chunks: Sequence[int]) -> None:
         if (coming := self._incoming.get(blob)) is not None and not coming.alone:
@@ -223,6 +215,8 @@ class Transfers:
 
     def peer_left(self, peer: bytes) -> None:
         self._feed(PeerLeft(peer))
+        if (known := self._peers.get(peer)) is not None:  # it is merely not believed any more
+            self.peer_joined(known)
         self._introduced.discard(peer)
         self._processes["recv"].send("forget", peer)
 
@@ -278,6 +272,7 @@ class Transfers:
             self._copy(fetch, coming, rows[0])
         else:
             process.send("stream" if fetch.whole else "read", fetch.request, coming.handle, rows)
+        if self._is_outside(fetch.via):
             self._reads(coming, fetch.chunks)
 
     def _row(self, coming: Incoming, chunk: int) -> list[Any]:
@@ -464,22 +459,17 @@ class Transfers:
         coming.local, coming.shared = {}, {}
         self._add(coming, {})
 
-    def _lost(self, request: int, role: str, reason: str) -> None:
-        """A request went down with a process of this host: no peer is to blame for it."""
-        if self._requests.pop(request, None) is not None:
-            kind = Kind.BUSY if role == "recv" else Kind.UNAVAILABLE
-            self._feed(Failed(request, kind, reason, RESTART_SECONDS, "OriginUnavailable"))
-
     def died(self, role: str, reason: str) -> None:
-        """A bulk process has ended by itself. The next request starts it again."""
+        """A bulk process has ended by itself. The next request starts it again, and no peer is to blame."""
         if role == "recv":
             self._introduced.clear()
         for coming in self._incoming.values():
             coming.opened.discard(role)
         self._disowning.died(role)
         for request, (_, fetch, _) in list(self._requests.items()):
-            if isinstance(fetch.via, bytes) == (role == "recv"):
-                self._lost(request, role, reason)
+            if isinstance(fetch.via, bytes) == (role == "recv") and self._requests.pop(request, None) is not None:
+                kind = Kind.BUSY if role == "recv" else Kind.UNAVAILABLE
+                self._feed(Failed(request, kind, reason, RESTART_SECONDS, "OriginUnavailable"))
 
     # -- the end of a blob's way
 

@@ -18,6 +18,7 @@ from weightcache.node.compare import contradiction
 from weightcache.node.incoming import Incoming
 from weightcache.node.serving import Serving
 from weightcache.node.swarm import Swarm
+from weightcache.node.teaching import Teacher
 from weightcache.node.transfers import Transfers
 from weightcache.store import BlobInfo, Store
 
@@ -52,12 +53,15 @@ class Verified:
 class Upkeep:
     """Care for what the store holds."""
 
-    def __init__(self, store: Store, blobs: Blobs, transfers: Transfers, serving: Serving, swarm: Swarm) -> None:
+    def __init__(
+        self, store: Store, blobs: Blobs, transfers: Transfers, serving: Serving, swarm: Swarm, teacher: Teacher
+    ) -> None:
         self._store = store
         self._blobs = blobs
         self._transfers = transfers
         self._serving = serving
         self._swarm = swarm
+        self._teacher = teacher
         self._queue: asyncio.Queue[Settling] = asyncio.Queue()
         self._worker: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -111,6 +115,9 @@ class Upkeep:
                 self._store.discard(blob)
                 raise BlobCorrupt(f"{entry.source.public}: {why}; it is removed, load it again")
         self._store.settle(blob)
+        info = self._store.info(blob)
+        if entry is not None and info is not None and (info.checked or not settling.claims):
+            self._loop.call_soon_threadsafe(self._teacher.settled, entry)
 
     # -- verify
 
