@@ -11,46 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from weightcache.tools.coldstart_machine import cpu, tree
+
+__all__ = ["HighWater", "Pids", "cpu", "machine_cpu", "memory", "own_cpu", "tree"]
+
 _TICK = os.sysconf("SC_CLK_TCK")
 _SAMPLE_SECONDS = 0.05
 
 Pids = Callable[[], Iterable[int]]
-
-
-def tree(roots: Iterable[int]) -> set[int]:
-    """The processes in ``roots`` and all below them."""
-    below: dict[int, list[int]] = {}
-    for pid, fields in _stats():
-        below.setdefault(int(fields[1]), []).append(pid)
-    found: set[int] = set()
-    waiting = list(roots)
-    while waiting:
-        pid = waiting.pop()
-        if pid not in found:
-            found.add(pid)
-            waiting += below.get(pid, ())
-    return found
-
-
-def _stats() -> Iterable[tuple[int, list[str]]]:
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                yield int(entry.name), _fields(int(entry.name))
-
-
-def _fields(pid: int) -> list[str]:
-    """/proc/PID/stat from the state on: a process' name may hold blanks and brackets."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def cpu(roots: Iterable[int]) -> float:
-    """CPU seconds that these trees have used, with their threads and the children they have buried."""
-    total = 0
-    for pid in tree(roots):
-        with contextlib.suppress(OSError):
-            total += sum(map(int, _fields(pid)[11:15]))  # utime, stime, cutime, cstime
-    return total / _TICK
 
 
 def own_cpu() -> float:

@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,6 +20,7 @@ from weightcache.config import Config
 from weightcache.core.source import is_source
 from weightcache.errors import BlobCorrupt, ConfigError, StoreError, WeightcacheError, from_wire
 from weightcache.tools import exits, show
+from weightcache.tools.coldstart import coldstart
 from weightcache.tools.options import command, parse_size
 from weightcache.version import __version__
 
@@ -103,6 +105,7 @@ def pull(
     revalidate: Annotated[bool, typer.Option("--revalidate", help="ask the origin for the current version")] = False,
     allow: Annotated[list[str] | None, typer.Option("--allow", metavar="GLOB", help=_ALLOW)] = None,
     ignore: Annotated[list[str] | None, typer.Option("--ignore", metavar="GLOB", help=_IGNORE)] = None,
+    events: Annotated[bool, typer.Option("--events", help="with --json: also a line whenever chunks land")] = False,
 ) -> None:
     """Bring sources here, whole or in part.
 
@@ -110,7 +113,7 @@ def pull(
 
     --json prints one object a line, as each source ends: source, revision, path, bytes_total, bytes_here (on this
     disk before, if only in other files), bytes_nearby (in peers' other files), bytes_by_source (local; peer, by
-    address; origin), seconds, stages, fallbacks. Of a source that failed: source, error, message.
+    address; origin), seconds, stages, transfer, fallbacks. Of a source that failed: source, error, message.
 
     \b
     weightcache pull hf://org/name@main
@@ -118,12 +121,12 @@ def pull(
     weightcache pull hf://org/name --allow '*.json' --allow '*.safetensors' --ignore '*.fp16.*'
     """
     wanted = {"revalidate": revalidate, "allow": allow or None, "ignore": ignore or None}
-    code = asyncio.run(_pull(config, sources, wanted, as_json))
+    code = asyncio.run(_pull(config, sources, wanted, as_json, events))
     if code:
         raise typer.Exit(code)
 
 
-async def _pull(config: Config, sources: list[str], wanted: Json, as_json: bool) -> int:
+async def _pull(config: Config, sources: list[str], wanted: Json, as_json: bool, events: bool) -> int:
     from weightcache.tools.progress import pulling
 
     gate = asyncio.Semaphore(AT_ONCE)
@@ -131,9 +134,10 @@ async def _pull(config: Config, sources: list[str], wanted: Json, as_json: bool)
         async with Client(config) as client:
 
             async def one(source: str) -> Json | WeightcacheError:
+                hear = partial(_print_event, source) if as_json and events else bar(source)
                 async with gate:
                     try:
-                        report = await client.pull(source, bar(source), **wanted)
+                        report = await client.pull(source, hear, **wanted)
                     except WeightcacheError as error:
                         return error
                 if as_json:
@@ -148,6 +152,11 @@ async def _pull(config: Config, sources: list[str], wanted: Json, as_json: bool)
         elif not as_json:
             print(show.pulled(outcome))
     return codes[0] if codes else 0
+
+
+def _print_event(source: str, event: Json) -> None:
+    if event["event"] != "done":  # its report is printed in any case
+        print(show.as_line({"source": source} | event), flush=True)
 
 
 @command(app, "path")
@@ -402,6 +411,9 @@ async def _publish(config: Config, source: str, to: str, force: bool, as_json: b
         for row in failed:
             exits.say(row["error"], row["message"], as_json=False)
     return from_wire(failed[0]["error"], "").exit_code if failed else 0
+
+
+command(app, "coldstart")(coldstart)
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

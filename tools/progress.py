@@ -36,7 +36,7 @@ def pulling() -> Iterator[Callable[[str], Listener]]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[sources]}", markup=False),
     )
-    with _live(*columns) as progress:
+    with live(*columns) as progress:
         yield lambda source: _Bar(progress, source)
 
 
@@ -80,7 +80,7 @@ def verifying() -> Iterator[Listener]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-    with _live(TextColumn("reading"), BarColumn(None), MofNCompleteColumn(), TextColumn("blobs")) as progress:
+    with live(TextColumn("reading"), BarColumn(None), MofNCompleteColumn(), TextColumn("blobs")) as progress:
         task = progress.add_task("", total=None)
 
         def hear(event: Json) -> None:
@@ -97,7 +97,8 @@ def _deaf(event: Json) -> None:
 
 
 @contextlib.contextmanager
-def _live(*columns: Any) -> Iterator[Progress]:
+def live(*columns: Any) -> Iterator[Progress]:
+    """Bars of such columns on stderr, gone when the block ends."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,0 +1,60 @@
+"""A worker of a cold start: ``python -m weightcache.tools.coldstart_worker DEVICE`` loads what its input names.
+
+In: ``{"source"}``. Out, a line each: ``{"ready"}`` once; then ``{"began", "ended"}``, on the clock of time.monotonic,
+and ``"bytes"`` on the device; or ``{"error", "message"}``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from weightcache.client import SyncClient
+from weightcache.errors import to_wire
+from weightcache.runtime import load_file
+
+_PAGE = 4096
+
+
+def _files(source: str) -> list[str]:
+    """The safetensors files of a source: itself, or those below it."""
+    if source.endswith(".safetensors"):
+        return [source]
+    with SyncClient() as client:
+        found = client.pull(source)  # the directory's names are known once it is linked
+    return [str(path) for path in sorted(Path(found["path"]).rglob("*.safetensors"))]
+
+
+def _load(source: str, device: str) -> dict[str, Any]:
+    began, size = time.monotonic(), 0
+    for file in _files(source):
+        tensors = load_file(file, device=device)
+        for tensor in tensors.values():
+            size += tensor.nbytes
+            if device == "cpu":  # mapped lazily: have every page read
+                tensor.reshape(-1)[:: max(1, _PAGE // tensor.itemsize)].clone()
+            else:
+                last = tensor
+        if device != "cpu" and tensors:
+            last.flatten()[:1].cpu()  # what was sent before it has arrived
+    return {"began": began, "ended": time.monotonic(), "bytes": size}
+
+
+def main(device: str) -> None:
+    with SyncClient() as client:
+        client.status()  # what is only imported once is no part of a load
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        try:
+            answer = _load(json.loads(line)["source"], device)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the node's row tells of it
+            name, message = to_wire(error)
+            answer = {"error": name, "message": message}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
