@@ -46,6 +46,9 @@ def coldstart(
     corrupt: Annotated[bool, typer.Option("--corrupt", help="one warm node, whose disk has flipped bits")] = False,
     rounds: Annotated[int, typer.Option(metavar="N", help="how often; medians are reported")] = 1,
     no_baseline: Annotated[bool, typer.Option("--no-baseline", help="not also without peers")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="daemons that never loaded anything: their start counts")
+    ] = False,
     load: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="workers load it there, too: cpu, cuda; needs torch")
     ] = None,
@@ -82,7 +85,8 @@ def coldstart(
 
     settings = Settings(
         source, size, nodes, parse_rate(link) if link else None, parse_rate(origin_link) if origin_link else None,
-        warm, parse_kill(kill) if kill else None, slow, join_after, corrupt, rounds, not no_baseline, load, force,
+        warm, parse_kill(kill) if kill else None, slow, join_after, corrupt, rounds, not no_baseline, fresh, load,
+        force,
     )  # fmt: skip
     settings.check()
     if report is not None and not report.absolute().parent.is_dir():

@@ -18,7 +18,7 @@ from typing import Any
 
 from weightcache.client import Client, Progress
 from weightcache.config import load_config
-from weightcache.errors import DaemonError, WeightcacheError, from_wire
+from weightcache.errors import DaemonError, from_wire
 from weightcache.tools.coldstart_net import Network
 from weightcache.tools.coldstart_settings import Role
 from weightcache.tools.seaweed import die_with_parent
@@ -85,6 +85,10 @@ class Node:
             command = [*module, "weightcache.tools.coldstart_worker", self._device]
             self._worker = await self._start("worker", command, environ)
             await self._line(self._worker, "worker")
+
+    async def wake(self, source: str) -> None:
+        """Have it ask the origin once: what a daemon starts with its first load is there from then on."""
+        await self.client.pull(source, revalidate=True)
 
     async def pull(self, source: str, on_event: Progress) -> Json:
         return await self.client.pull(source, on_event)

@@ -17,7 +17,7 @@ from typing import Any
 from weightcache.client import Client
 from weightcache.config import Config
 from weightcache.errors import ConfigError, DaemonError, WeightcacheError, from_wire
-from weightcache.tools.coldstart_fleet import ended, every, start
+from weightcache.tools.coldstart_fleet import ended, every
 from weightcache.tools.coldstart_measures import Curve, NodeRun, Run, bound, spread
 from weightcache.tools.coldstart_run import Watcher
 from weightcache.tools.coldstart_settings import Role, Settings
@@ -120,9 +120,7 @@ def check(settings: Settings, hosts: Sequence[str], *, loopback: bool) -> None:
             raise ConfigError(f"{name}: not with --hosts, which only loads on daemons that are there")
 
 
-async def play(
-    settings: Settings, names: Sequence[str], via: str, watcher: Watcher, *, evict: bool
-) -> Run:
+async def play(settings: Settings, names: Sequence[str], via: str, watcher: Watcher, *, evict: bool) -> Run:
     """Load on all of them at once."""
     assert settings.source is not None
     hosts = [Host(name, via) for name in names]

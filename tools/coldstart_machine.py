@@ -92,10 +92,6 @@ class Busy:
     others: float
     cores: int
 
-    @property
-    def limits(self) -> bool:
-        return self.all >= BUSY
-
     def to_json(self) -> dict[str, Any]:
         shares = {"all": self.all, "ours": self.ours, "network": self.network, "others": self.others}
         return {name: round(share, 4) for name, share in shares.items()} | {"cores": self.cores}

@@ -1,4 +1,4 @@
-"""Plays a cold start: the stage (network, object, origin), then rounds, each with a fleet of its own, and without peers.
+"""Plays a cold start: the stage (network, object, origin), then rounds with peers and without, each a fleet of its own.
 
 Everything is made anew for each run, so that cold means cold, and goes when the run ends, however it ends.
 """
@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -21,7 +22,7 @@ from weightcache.config import Config
 from weightcache.errors import ConfigError, DaemonError, WeightcacheError
 from weightcache.tools import coldstart_net as net
 from weightcache.tools.coldstart_fleet import Node, Origin, Place, every, fleet, origin
-from weightcache.tools.coldstart_machine import CpuMeter, too_much
+from weightcache.tools.coldstart_machine import BUSY, CpuMeter, cores, too_much
 from weightcache.tools.coldstart_measures import Curve, NodeRun, Run, bound, spread
 from weightcache.tools.coldstart_object import write_object
 from weightcache.tools.coldstart_origin import BUCKET
@@ -29,6 +30,7 @@ from weightcache.tools.coldstart_settings import Role, Settings
 
 PREFIX = "weightcache-coldstart-"  # of the temporary folder
 OBJECT = "checkpoint.safetensors"
+SMALL = "small"  # what daemons load first, so that their processes are there
 
 Json = dict[str, Any]
 
@@ -84,13 +86,17 @@ def why_no_network(settings: Settings, *, loopback: bool) -> str:
 
 
 @contextlib.asynccontextmanager
-async def stage(settings: Settings, config: Config, folder: Path, watcher: Watcher, *, network: bool):  # type: ignore[no-untyped-def]
+async def stage(
+    settings: Settings, config: Config, folder: Path, watcher: Watcher, *, network: bool
+) -> AsyncIterator[Stage]:
     """The stage, set up in ``folder``; all of it is gone when the block ends. Raises ConfigError if it is too much."""
     clear(folder)
     name = f"{PREFIX}{os.getpid()}-{net.started(os.getpid())}-"
     async with contextlib.AsyncExitStack() as stack:
         try:
-            own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=name, dir=folder, ignore_cleanup_errors=True)))
+            own = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix=name, dir=folder, ignore_cleanup_errors=True))
+            )
         except OSError as error:
             raise ConfigError(f"--dir {folder}: {error.strerror}") from None
         objects = own / "objects"
@@ -105,7 +111,8 @@ async def stage(settings: Settings, config: Config, folder: Path, watcher: Watch
             watcher.say(f"copying {settings.source} to this machine's origin")
             key = await _copy(settings.source, replace_store(config, own / "mirror"), objects)
         digests = await asyncio.to_thread(_digests, objects)
-        size = sum(path.stat().st_size for path in objects.rglob("*") if path.is_file())
+        size = sum((objects / name).stat().st_size for name in digests)
+        (objects / SMALL).write_bytes(b"small")
         _refuse(settings, size, folder)
         made = None
         if network:
@@ -176,6 +183,8 @@ async def play(stage: Stage, roles: Sequence[Role], watcher: Watcher, title: str
     watcher.say(f"{title}: starting {len(roles)} daemons")
     async with fleet(roles, stage.place, peers=peers, device=settings.device) as nodes:
         holders = [node for node in nodes if node.role.kind != "cold"]
+        if not settings.fresh:
+            await every(node.wake(f"s3://{BUCKET}/{SMALL}") for node in nodes)
         if holders:
             watcher.say(f"{title}: bringing the object to {', '.join(node.role.name for node in holders)}")
             await every(node.pull(stage.source, _deaf) for node in holders)
@@ -183,9 +192,8 @@ async def play(stage: Stage, roles: Sequence[Role], watcher: Watcher, title: str
         await asyncio.to_thread(os.sync)  # what was written before is not written in the middle of it
         watcher.begin(title, roles, stage.size)
         await _start(stage, run, nodes, watcher)
-        if stage.digests:
-            watcher.say(f"{title}: comparing bytes")
-            await every(_compare(stage, node, seen) for node, seen in zip(nodes, runs, strict=True))
+        watcher.say(f"{title}: comparing bytes")
+        await every(_compare(stage, node, seen) for node, seen in zip(nodes, runs, strict=True))
     spread(runs)
     return run
 
@@ -261,7 +269,9 @@ async def _compare(stage: Stage, node: Node, seen: NodeRun) -> None:
     path = Path(seen.report["path"])
     single = path.is_file()
     found = await asyncio.to_thread(_digests, path.parent if single else path)
-    wanted = {name.rpartition("/")[2] if single else name.removeprefix("files/"): d for name, d in stage.digests.items()}
+    wanted = {
+        name.rpartition("/")[2] if single else name.removeprefix("files/"): d for name, d in stage.digests.items()
+    }
     seen.correct = found == wanted
 
 
@@ -279,10 +289,9 @@ async def measure(stage: Stage, watcher: Watcher, result: Result) -> None:
             result.alone.append(await play(stage, settings.alone(), watcher, f"{count}without peers", peers=False))
         if result.failures:
             break
-    if any(run.busy is not None and run.busy["all"] >= 0.9 for run in result.runs):
-        busy = max(run.busy["all"] for run in result.runs if run.busy is not None)
-        cores = next(run.busy["cores"] for run in result.runs if run.busy is not None)
-        result.notes.append(f"{cores} cores were {busy:.0%} busy: this measures the machine, not the links")
+    busy = max((run.busy["all"] for run in result.runs if run.busy is not None), default=0.0)
+    if busy >= BUSY:
+        result.notes.append(f"{cores()} cores were {busy:.0%} busy: this measures the machine, not the links")
     others = max((run.busy["others"] for run in result.runs if run.busy is not None), default=0.0)
     if others > 0.1:
         result.notes.append(f"other work took {others:.0%} of the machine meanwhile: the figures are worse for it")
@@ -291,8 +300,6 @@ async def measure(stage: Stage, watcher: Watcher, result: Result) -> None:
 @contextlib.asynccontextmanager
 async def ending_with(task: asyncio.Task[Any] | None) -> AsyncIterator[list[int]]:
     """SIGTERM, SIGHUP and Ctrl-C cancel the task, so that all is cleaned up; the list tells which it was."""
-    import signal
-
     assert task is not None
     got: list[int] = []
 

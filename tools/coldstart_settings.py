@@ -1,4 +1,4 @@
-"""What a cold start is made of: how many nodes, which links, which disturbances. Read and checked before anything runs."""
+"""What a cold start is made of: nodes, links, disturbances. Read and checked before anything runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Role:
     @property
     def what(self) -> str:
         """For people: what is special about it, or ""."""
-        said = [] if self.kind == "cold" else [self.kind]
+        said: list[str] = [] if self.kind == "cold" else [self.kind]
         said += [f"link x {self.slow:g}"] if self.slow != 1 else []
         said += [f"joins after {self.delay:g} s"] if self.delay else []
         if self.kill is not None:
@@ -66,6 +66,7 @@ class Settings:
     corrupt: bool = False
     rounds: int = 1
     baseline: bool = True
+    fresh: bool = False  # the daemons have never loaded anything
     device: str | None = None  # load it into this one's memory, too
     force: bool = False
 
