@@ -35,9 +35,13 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where nodes are made: the folder, their network (None: loopback), what leads to the origin."""
+    """Where nodes are made: the folder, their network (None: loopback), what leads to the origin.
+
+    ``sockets``: a folder whose path is short, as that of a socket must be.
+    """
 
     folder: Path
+    sockets: Path
     network: Network | None
     environ: Mapping[str, str]
 
@@ -68,7 +72,7 @@ class Node:
         key.write_text("of this benchmark only")
         settings = self._folder / "config.toml"
         lines = {
-            "store": str(self._folder / "store"), "socket": str(self._folder / "sock"), "listen": self.address,
+            "store": str(self._folder / "store"), "socket": str(self._place.sockets / self.role.name), "listen": self.address,
             "peers": list(peers), "cluster_key_file": str(key),
         }  # fmt: skip
         settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))

@@ -162,6 +162,8 @@ def _finished(settings: Settings, nodes: list[NodeRun]) -> Run:
             nodes[index] = replace(node, what="warm", counts=False, warm=True)
     run = Run(nodes, size, peers=True)
     run.least = bound(size, settings.link, settings.origin_link, warm=any(node.warm for node in nodes))
+    for node in nodes:
+        node.least = run.least
     run.egress = sum(node.bytes_by_source()["origin"] for node in nodes)
     spread(nodes)
     return run

@@ -36,6 +36,7 @@ class NodeRun:
     what: str  # what is special about it, or ""
     counts: bool
     link: float | None
+    least: float | None = None  # seconds that it takes at least: the bound, over its own link
     address: str = ""
     began: float = 0.0
     ended: float | None = None
@@ -98,21 +99,22 @@ class NodeRun:
             rows.append(("device", [(at, at + self.device)], self.device))
         return rows
 
-    def gap(self, least: float) -> dict[str, float]:
-        """Where the seconds above ``least`` went, by stage; their sum is all of them, so "moving" may be negative.
+    def gap(self) -> dict[str, float]:
+        """Where the seconds above the bound went, by stage; their sum is all of them, so "moving" may be negative.
 
         resolve, plan; first: until the first chunk was had; moving: slower than the bound until the last few chunks;
         tail: those; link, device.
         """
         assert self.report is not None
         assert self.seconds is not None
+        assert self.least is not None
         stages, transfer = self.report["stages"], self.report["transfer"]
         before = stages.get("resolve", 0.0) + stages.get("plan", 0.0)
         first = max(0.0, (transfer["first"] or before) - before)
-        tail = max(0.0, self._tail() - TAIL * least)
+        tail = max(0.0, self._tail() - TAIL * self.least)
         gap = {name: stages.get(name, 0.0) for name in ("resolve", "plan")}
         gap |= {"first": first, "tail": tail, "link": stages.get("link", 0.0), "device": self.device or 0.0}
-        return gap | {"moving": self.seconds - least - sum(gap.values())}
+        return gap | {"moving": self.seconds - self.least - sum(gap.values())}
 
     def _tail(self) -> float:
         """Seconds that the last few bytes took."""
@@ -120,7 +122,7 @@ class NodeRun:
         late = next((point[0] for point in self.curve if sum(point[1:]) >= (1 - TAIL) * total), None)
         return self.curve[-1][0] - late if late is not None else 0.0
 
-    def to_json(self, least: float | None) -> Json:
+    def to_json(self) -> Json:
         return {
             "name": self.name, "what": self.what, "counts": self.counts, "address": self.address, "link": self.link,
             "began": self.began, "ended": self.ended, "seconds": self.seconds, "error": self.error,
@@ -129,8 +131,9 @@ class NodeRun:
             "stages": self.report["stages"] if self.report else {},
             "transfer": self.report["transfer"] if self.report else {}, "device": self.device,
             "fallbacks": self.report["fallbacks"] if self.report else [],
-            "line_share": self.line_share(), "distance": ratio(self.seconds, least),
-            "gap": self.gap(least) if least is not None and self.seconds is not None and self.report else None,
+            "line_share": self.line_share(), "distance": ratio(self.seconds, self.least),
+            "bound": self.least,
+            "gap": self.gap() if self.least is not None and self.seconds is not None and self.report else None,
             "curve": self.curve,
         }  # fmt: skip
 
@@ -165,7 +168,7 @@ class Run:
         return {
             "peers": self.peers, "seconds": self.last, "bound": self.least, "distance": ratio(self.last, self.least),
             "egress": self.egress, "egress_multiple": ratio(self.egress, self.size), "requests": self.requests,
-            "busy": self.busy, "nodes": [node.to_json(self.least) for node in self.nodes],
+            "busy": self.busy, "nodes": [node.to_json() for node in self.nodes],
         }  # fmt: skip
 
 

@@ -204,7 +204,7 @@ def _table(run: Run) -> str:
                 node.name, duration(node.seconds) if node.seconds is not None else NONE,
                 *(human(by[name]) if by[name] else NONE for name in ("local", "peers", "origin")),
                 human(node.sent) if node.sent else NONE, f"{share:.0%}" if share is not None else NONE,
-                f"{node.seconds / run.least:.2f}" if node.seconds is not None and run.least else NONE,
+                f"{node.seconds / node.least:.2f}" if node.seconds is not None and node.least else NONE,
                 "; ".join(filter(None, (node.what, node.error))),
             )
         )  # fmt: skip

@@ -90,7 +90,8 @@ async def stage(
     settings: Settings, config: Config, folder: Path, watcher: Watcher, *, network: bool
 ) -> AsyncIterator[Stage]:
     """The stage, set up in ``folder``; all of it is gone when the block ends. Raises ConfigError if it is too much."""
-    clear(folder)
+    for place in {folder, Path(tempfile.gettempdir())}:
+        clear(place)
     name = f"{PREFIX}{os.getpid()}-{net.started(os.getpid())}-"
     async with contextlib.AsyncExitStack() as stack:
         try:
@@ -118,7 +119,8 @@ async def stage(
         if network:
             links = {"origin": settings.origin_link} | {role.name: role.link for role in settings.roles()}
             made = stack.enter_context(net.network(links))
-        place = Place(own, made, {})
+        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=name)))
+        place = Place(own, sockets, made, {})
         server = await stack.enter_async_context(origin(objects, place))
         yield Stage(settings, replace(place, environ=server.environ), server, f"s3://{BUCKET}/{key}", digests, size)
 
@@ -174,12 +176,11 @@ async def play(stage: Stage, roles: Sequence[Role], watcher: Watcher, title: str
     """One start of the fleet."""
     settings = stage.settings
     warm = any(role.kind == "warm" for role in roles)
-    runs = [
-        NodeRun(role.name, role.what, role.counts, role.link, warm=role.kind != "cold", killed=role.kill is not None)
-        for role in roles
-    ]
+    runs = [NodeRun(role.name, role.what, role.counts, role.link, warm=role.kind != "cold") for role in roles]
     run = Run(runs, stage.size, peers)
     run.least = bound(stage.size, settings.link, settings.origin_link, warm=warm and peers)
+    for node in runs:
+        node.least = bound(stage.size, node.link, settings.origin_link, warm=warm and peers)
     watcher.say(f"{title}: starting {len(roles)} daemons")
     async with fleet(roles, stage.place, peers=peers, device=settings.device) as nodes:
         holders = [node for node in nodes if node.role.kind != "cold"]
@@ -234,7 +235,7 @@ async def _start(stage: Stage, run: Run, nodes: list[Node], watcher: Watcher) ->
                 if working is not None:
                     working.cancel()
         except WeightcacheError as error:
-            seen.error = "killed" if node.dead else str(error)
+            seen.error, seen.killed = ("killed", True) if node.dead else (str(error), False)
         finally:
             seen.curve = curves[node.role.name].points()
             watcher.ended(seen)

@@ -132,7 +132,7 @@ def nodes(run: Run) -> str:
             (
                 node.name, took, *(human(by[name]) if by[name] else "-" for name in ("local", "peers", "origin")),
                 human(node.sent) if node.sent else "-", percent(share, 1) if share is not None else "-",
-                f"{node.seconds / run.least:.2f}" if node.seconds is not None and run.least else "-",
+                f"{node.seconds / node.least:.2f}" if node.seconds is not None and node.least else "-",
                 "; ".join(filter(None, (node.what, node.error))),
             )
         )  # fmt: skip

@@ -179,21 +179,22 @@ def _row(found: dict[str, tuple[list[tuple[float, float]], float]], kinds: Seque
 def gaps(run: Run) -> str:
     """Above the bound: where each node's seconds went."""
     assert run.least is not None
-    nodes = drawn([node for node in run.nodes if node.report is not None and node.seconds is not None])
+    nodes = drawn([node for node in run.nodes if node.report and node.seconds is not None and node.least is not None])
     lane = 24
     seconds = max((node.seconds or 0.0 for node in nodes), default=1.0)
     picture = Picture(lane * len(nodes), max(seconds, run.least), "The bound, and what each node took above it")
     for number, node in enumerate(nodes):
         high = picture.top + number * lane + 4
         picture.text(LEFT - 10, high + 12, name(node), "strong", "end")
-        gap = node.gap(run.least)
-        at = run.least + min(0.0, gap["moving"])  # faster than the bound of the others: it is not this node's
-        picture.bar("bound", 0, at, high, lane - 8, f"{node.name}: bound {duration(run.least)}")
+        least = node.least or run.least
+        gap = node.gap()
+        at = least + min(0.0, gap["moving"])  # faster than the bound of the others: it is not this node's
+        picture.bar("bound", 0, at, high, lane - 8, f"{node.name}: bound {duration(least)}")
         for kind in GAP_STAGES:
             if gap[kind] > 0:
                 picture.bar(kind, at, at + gap[kind], high, lane - 8, f"{node.name}: {kind} {duration(gap[kind])}")
                 at += gap[kind]
-        picture.text(WIDTH - RIGHT + 10, high + 12, f"{(node.seconds or 0.0) / run.least:.2f} x")
+        picture.text(WIDTH - RIGHT + 10, high + 12, f"{(node.seconds or 0.0) / least:.2f} x")
     picture.marker(run.least, f"bound {duration(run.least)}")
     return picture.svg()
 
