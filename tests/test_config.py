@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weightcache.address import parse_redis
 from weightcache.config import Config, OriginConfig, cluster_key, load_config, parse_address, settings
 from weightcache.errors import ConfigError
 
@@ -126,7 +127,11 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "origin.allow": ("bucket",),
     "listen": ("localhost", ":1", "a:b", "a:65536", "::1:80", "[::1]", "1.2.3.4.5:1", "a b:1", 80, "a:-1", "h:\u0661"),
     "peers": ("a:0", "a", "0.0.0.0:1", "a:1,b", 7, [["a:1"]], {"a": 1}),
-    "discover": ("dns", "dns:", "dns:a b", "dns:a:b", "zeroconf:x", "redis", ""),
+    "discover": (
+        *("dns", "dns:", "dns:a b", "dns:a:b", "zeroconf:x", "redis", "", "redis:", "redis://", "redis://h:x", 5),
+        *("redis://h/zero", "redis://h/0/1", "redis://h?db=1", "redis://0.0.0.0", "redis://a b", "unix:///run/redis"),
+    ),
+    "prefer": ("", "remote", "origin,local", "local", "local,remote", "local,origin,origin", "local,origin,far", 3),
     "advertise": ("0.0.0.0", "::", "a:1", "a/b"),
     "datacenter": ("", "a b", "x" * 65),
     "store": ("", "~nobody-of-that-name/x", "a\0b", 3),
@@ -187,6 +192,8 @@ def test_loopback_needs_no_key(address: str) -> None:
         {"metrics": "0.0.0.0:9090"},
         {"peers": ("localhost:1", "10.0.0.2:7000")},
         {"discover": "dns:fleet.example:7000"},
+        {"discover": "redis://fleet.example"},
+        {"discover": "rediss://user:word@10.0.0.1:7000/3"},
     ],
 )
 def test_more_than_loopback_without_a_key_is_refused_with_the_way_out(
@@ -195,6 +202,40 @@ def test_more_than_loopback_without_a_key_is_refused_with_the_way_out(
     with pytest.raises(ConfigError, match=r"not loopback.*cluster_key_file.*openssl rand -hex 32 > FILE"):
         load_config(exposed, environ={}).validate()
     load_config(exposed | {"cluster_key_file": tmp_path / "key"}, environ={}).validate()
+
+
+@pytest.mark.parametrize(
+    ("text", "public", "user", "password", "tls"),
+    [
+        ("redis://host", "redis://host:6379/0", None, None, False),
+        ("valkey://:p%40ss%2F@host:1/3", "valkey://host:1/3", None, "p@ss/", False),
+        ("rediss://me:word@[::1]:7/15", "rediss://[::1]:7/15", "me", "word", True),
+        ("valkeys://me@10.0.0.1/", "valkeys://10.0.0.1:6379/0", "me", None, True),
+    ],
+)
+def test_redis_urls(text: str, public: str, user: str | None, password: str | None, tls: bool) -> None:
+    url = parse_redis(text)
+    assert (url.public, url.user, url.password, url.tls) == (public, user, password, tls)
+    assert load_config({"discover": text}, environ={}).discover == text
+
+
+@pytest.mark.parametrize(
+    "text", ["redis://:{}@h:x", "redis:{}@h", "redis://u:{}@", "redis://u:{}/@h/x", "wrong://{}@h"]
+)
+def test_no_message_holds_a_password(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"discover": text.format(SECRET)}, environ={})
+    assert SECRET not in str(caught.value)
+    config = load_config({"discover": f"redis://:{SECRET}@h", "peers": ["localhost:1"]}, environ={})
+    with pytest.raises(ConfigError, match="peers would be ignored") as caught:
+        config.validate()
+    assert SECRET not in str(caught.value) + repr(config)
+
+
+def test_where_chunks_come_from_is_a_list_however_it_is_given() -> None:
+    for said in ("local,remote,origin", ["local", "remote", "origin"], ["local,remote", "origin"]):
+        assert load_config({"prefer": said}, environ={}).prefer == ("local", "remote", "origin")
+    assert load_config({"prefer": "local, origin"}, environ={}).prefer == ("local", "origin")
 
 
 def test_every_interface_needs_a_host_to_advertise(tmp_path: Path) -> None:
@@ -287,6 +328,7 @@ def test_reading_settings_costs_a_worker_next_to_nothing() -> None:
         "obstore",
         "prometheus_client",
         "pydantic",
+        "redis",
         "rich",
         "zeroconf",
         "torch",

@@ -27,9 +27,10 @@ async def test_a_dns_name_without_a_port_means_the_port_one_listens_on() -> None
 
 
 @pytest.mark.parametrize("discover", ["static", "dns:localhost:1"])
-def test_zeroconf_is_imported_only_where_it_is_used(discover: str) -> None:
+@pytest.mark.parametrize("library", ["zeroconf", "redis"])
+def test_a_library_is_imported_only_where_it_is_used(library: str, discover: str) -> None:
     program = (
         "import sys; from weightcache.config import Config; from weightcache.directory import open_directory;"
-        f"open_directory(Config(discover={discover!r}), None); sys.exit('zeroconf' in sys.modules)"
+        f"open_directory(Config(discover={discover!r}), None); sys.exit({library!r} in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

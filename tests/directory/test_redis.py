@@ -16,6 +16,7 @@ from weightcache.directory import Member, Registry, View
 from weightcache.directory import redis as rules
 from weightcache.directory.base import MAX_TAUGHT
 from weightcache.directory.redis import RedisDirectory
+from weightcache.directory.steady import SteadyDirectory
 
 KEY = b"a cluster's own secret"
 PASSWORD = "p@ss:w/rd"
@@ -143,6 +144,23 @@ async def test_a_server_that_comes_back_empty_unnoticed_is_told_anew(server: Red
         assert server.call("FLUSHALL") == b"+OK\r\n"
         await two.finds(one)
         await one.sees(two)
+
+
+async def test_a_server_that_is_emptied_does_not_make_a_host_believe_to_be_alone(server: RedisServer) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        hosts = [await stack.enter_async_context(Host(server.url, number)) for number in range(1, 6)]
+        looks: list[View] = []
+        steady = SteadyDirectory(RedisDirectory(parse_redis(server.url), "here", KEY, TTL))
+        await steady.start(Member("127.0.0.1", 7999, b"s" * 16), looks.append)
+        everybody = {host.me for host in hosts}
+        await until(lambda: steady.view() == everybody)
+        for host in hosts[1:]:
+            assert host.directory._keeper is not None
+            host.directory._keeper.cancel()  # else they would be back too soon to be missed
+        assert server.call("FLUSHALL") == b"+OK\r\n"
+        await until(lambda: steady.inner.view() <= {hosts[0].me})
+        assert steady.view() == everybody
+        await steady.close()
 
 
 # -- who holds what

@@ -39,8 +39,8 @@ from weightcache.version import __version__
 
 TTL = 10.0  # seconds for which a peer is believed to live
 LOOKS = (0.15, 0.3)  # of TTL, between two looks
-CROWD = 2000  # peers; in a larger fleet TTL and looks stretch in proportion
-NEIGHBOURS = 512  # members of a view
+CROWD = 1000  # peers; in a larger fleet TTL and looks stretch in proportion
+NEIGHBOURS = 256  # members of a view
 BLOB_SECONDS = 600.0  # for which an announced blob is believed
 TAUGHT_SECONDS = 7 * 86400
 PAUSES = (0.25, 4.0)  # seconds between attempts to reach the server: first, longest

@@ -6,7 +6,9 @@ shown but escaped and cut, and nothing that was sent to it (a password!) can com
 
 from __future__ import annotations
 
+import os
 import ssl
+from hashlib import sha1
 from typing import Any
 
 import redis.asyncio
@@ -104,16 +106,17 @@ class Link:
             case OSError() | RedisConnectionError():
                 failed = cause if isinstance(cause, OSError) and cause.strerror else error
                 why = failed.strerror if isinstance(failed, OSError) else None
-                return f"{self._said(why or 'it closes the connection')}; is it running, and reachable from here?"
+                if isinstance(failed, OSError) and failed.errno is not None and failed.errno > 0:
+                    why = os.strerror(failed.errno)  # asyncio's own text is longer, and says less
+                return f"{self._said(why or error)}; is it running, and reachable from here?"
             case ResponseError():
                 return f"it says {self._said(error)!r}; {WAY_OUT}"
         return f"{type(error).__name__}; {WAY_OUT}"
 
     def _said(self, text: object) -> str:
         """What may be shown of a text that the server may have written."""
-        shown = str(text)
-        for secret in (self._url.password, self._url.user):
-            shown = shown.replace(secret, "***") if secret else shown
+        password = self._url.password
+        shown = str(text).replace(password, "***") if password else str(text)
         return "".join(char if char.isprintable() else "?" for char in shown)[:MAX_SAID]
 
     async def close(self) -> None:
@@ -125,7 +128,5 @@ class Script:
     """A Lua script. Its arguments are all in ARGV: keys are made from the first, the cluster's prefix."""
 
     def __init__(self, text: str) -> None:
-        from hashlib import sha1
-
         self.text = text
         self.digest = sha1(text.encode(), usedforsecurity=False).hexdigest()
