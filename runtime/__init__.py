@@ -1,11 +1,56 @@
 """weightcache.runtime: the loader of an inference worker, and the only home of torch.
 
-``load_file`` and ``safe_open`` stand in for those of safetensors. They take a path or any source (``s3://``, ``hf://``,
-...), and give tensors over the cached file itself, each as soon as its bytes are there.
+``load_file``, ``safe_open``, ``load_model`` and ``load`` stand in for those of safetensors. They take a path or any
+source (``s3://``, ``hf://``, ...), and give tensors over the cached file itself, each as soon as its bytes are there.
+``snapshot_download`` stands in for that of huggingface_hub. ``install`` makes safetensors itself, and the
+``from_pretrained`` of diffusers and transformers, take sources: their callers change nothing.
 """
 
 from __future__ import annotations
 
-from weightcache.runtime.loader import load_file, safe_open
+import os
+from typing import TYPE_CHECKING
 
-__all__ = ["load_file", "safe_open"]
+if TYPE_CHECKING:
+    from weightcache.runtime.download import snapshot_download
+    from weightcache.runtime.installing import install, installed, uninstall
+    from weightcache.runtime.loader import load, load_file, load_model, safe_open
+
+__all__ = [
+    "install",
+    "installed",
+    "load",
+    "load_file",
+    "load_model",
+    "safe_open",
+    "snapshot_download",
+    "uninstall",
+]
+
+# Each is imported when it is first asked for: what is installed in every child process must not cost it torch.
+_HOMES = {
+    "install": "installing",
+    "installed": "installing",
+    "uninstall": "installing",
+    "load": "loader",
+    "load_file": "loader",
+    "load_model": "loader",
+    "safe_open": "loader",
+    "snapshot_download": "download",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+if os.environ.get("WEIGHTCACHE_INSTALL"):
+    from weightcache.runtime.installing import install_as_told
+
+    install_as_told()

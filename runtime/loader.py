@@ -1,4 +1,4 @@
-"""``load_file`` and ``safe_open``: what safetensors offers, of files that may still be arriving.
+"""``load_file``, ``load_model``, ``safe_open``: what safetensors offers, of files that may still be arriving.
 
 Theory of operation. safetensors itself opens the file as soon as its header is had (the file has its full size from the
 start), so arguments, headers and names are judged by safetensors, in its own words. It gives each tensor's dtype and
@@ -49,6 +49,52 @@ def load_file(
     """
     with safe_open(filename, "pt", device, backend=backend, **options) as file:
         return file.get_tensors()
+
+
+def load(data: bytes, **options: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file given as its bytes, by name; they own copies of them.
+
+    Like ``safetensors.torch.load``, which it is: bytes in memory come from no source. ``options`` are handed on.
+    """
+    from safetensors.torch import load as theirs
+
+    return theirs(data, **options)
+
+
+def load_model(
+    model: torch.nn.Module,
+    filename: str | os.PathLike[str],
+    strict: bool = True,
+    device: Device = "cpu",
+    *,
+    backend: str = "mmap",
+    **options: Any,
+) -> tuple[set[str], list[str]]:
+    """Load a safetensors file or source into ``model``; of tensors that the model shares, one in the file is enough.
+
+    Like ``safetensors.torch.load_model``. Returns the names of the model's tensors that the file lacks, and of the
+    file's that the model lacks; with ``strict``, RuntimeError if there are any. A tensor that both have, in another
+    shape, is torch's RuntimeError. Other arguments and errors are those of ``safe_open``.
+    """
+    from safetensors.torch import _remove_duplicate_names
+
+    tensors = load_file(filename, device, backend=backend, **options)
+    shared = _remove_duplicate_names(model.state_dict(), preferred_names=list(tensors))
+    keys = model.load_state_dict(tensors, strict=False)
+    missing, unexpected = set(keys.missing_keys), keys.unexpected_keys
+    for others in shared.values():
+        for name in others:
+            if name in missing:
+                missing.remove(name)
+            else:
+                unexpected.append(name)
+    if strict and (missing or unexpected):
+        error = f"Error(s) in loading state_dict for {type(model).__name__}:"
+        for said, names in (("Missing", missing), ("Unexpected", unexpected)):
+            if names:
+                error += f"\n    {said} key(s) in state_dict: " + ", ".join(f'"{name}"' for name in sorted(names))
+        raise RuntimeError(error)
+    return missing, unexpected
 
 
 class safe_open:

@@ -157,10 +157,12 @@ class Client:
 
     # -- everything else
 
-    async def files(self, source: str, *, revalidate: bool = False, allow: Globs = None, ignore: Globs = None) -> Json:
-        """What a source holds, without bringing it: ``revision``, ``directory``, ``files`` (path, size, here)."""
-        body = {"source": source, "revalidate": revalidate, **_globs(allow, ignore)}
-        return dict(await self._json("POST", "/v1/files", body))
+    async def files(self, source: str, *, revalidate: bool = False, local: bool = False) -> Json:
+        """What a source holds, without bringing it: ``revision``, ``directory``, ``files`` (path, size, here).
+
+        ``local``: only this host is asked; UnknownBlob if it has never loaded of it.
+        """
+        return dict(await self._json("POST", "/v1/files", {"source": source, "revalidate": revalidate, "local": local}))
 
     async def path(self, source: str, *, allow: Globs = None, ignore: Globs = None) -> Path:
         """The real path of a complete file, or of a snapshot's directory; asks nobody but this host.
@@ -370,8 +372,10 @@ class SyncClient:
         self.close()
 
     def close(self) -> None:
-        self._run(self._client.close())
-        self._portal.close()
+        """Leave; a second call does nothing."""
+        if self._portal.alive:
+            self._run(self._client.close())
+            self._portal.close()
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self._portal.run(work)
@@ -394,16 +398,18 @@ class SyncClient:
         return self._run(self._client.pull(source, on_event, revalidate=revalidate, allow=allow, ignore=ignore))
 
     @contextlib.contextmanager
-    def holding(self, source: str, *, allow: Globs = None, ignore: Globs = None) -> Iterator[Json]:
+    def holding(
+        self, source: str, on_event: Progress | None = None, *, allow: Globs = None, ignore: Globs = None
+    ) -> Iterator[Json]:
         """Like ``pull``, with leases on what it brought for as long as the block runs."""
         load = self._run(self._client.load(source, allow=allow, ignore=ignore))
         try:
-            yield self._run(load.report())
+            yield self._run(load.report(on_event))
         finally:
             self._portal.soon(load.close)
 
-    def files(self, source: str, *, revalidate: bool = False, allow: Globs = None, ignore: Globs = None) -> Json:
-        return self._run(self._client.files(source, revalidate=revalidate, allow=allow, ignore=ignore))
+    def files(self, source: str, *, revalidate: bool = False, local: bool = False) -> Json:
+        return self._run(self._client.files(source, revalidate=revalidate, local=local))
 
     def path(self, source: str, *, allow: Globs = None, ignore: Globs = None) -> Path:
         return self._run(self._client.path(source, allow=allow, ignore=ignore))

@@ -190,10 +190,9 @@ async def _path(request: web.Request) -> web.Response:
 
 
 async def _files(request: web.Request) -> web.Response:
-    body = await _body(request, source=str, revalidate=bool, allow=list, ignore=list)
-    patterns = _patterns(body, request.path)
-    found = await request.app[_NODE].files(body["source"] or "", patterns, revalidate=bool(body["revalidate"]))
-    return web.json_response(found)
+    body = await _body(request, source=str, revalidate=bool, local=bool)
+    how = {"revalidate": bool(body["revalidate"]), "local": bool(body["local"])}
+    return web.json_response(await request.app[_NODE].files(body["source"] or "", **how))
 
 
 async def _pin(request: web.Request) -> web.Response:

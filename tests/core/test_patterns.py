@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 
 from weightcache.core.patterns import EVERYTHING, Patterns
 
-PATHS = ["config.json", "unet/config.json", "unet/model.fp16.safetensors", "a/b/c.bin", "A.JSON", "[x].txt", "a?b", "un"]
-globs = st.none() | st.text("*?[]!abun/.json\\", max_size=8) | st.lists(st.text("*?[]!abun/.jso\\", max_size=8), max_size=3)
+PATHS = [
+    "config.json",
+    "unet/config.json",
+    "unet/model.fp16.safetensors",
+    "a/b/c.bin",
+    "A.JSON",
+    "[x].txt",
+    "a?b",
+    "un",
+]
+globs = (
+    st.none() | st.text("*?[]!abun/.json\\", max_size=8) | st.lists(st.text("*?[]!abun/.jso\\", max_size=8), max_size=3)
+)
 
 
 @given(globs, globs, st.lists(st.sampled_from(PATHS) | st.text("abun/.json", min_size=1, max_size=9)))

@@ -242,21 +242,21 @@ class Node:
         info = self.store.info(entry.blob)
         return info is not None and info.state == "complete" and not info.suspect
 
-    async def files(self, source: str, patterns: Patterns = EVERYTHING, *, revalidate: bool = False) -> dict[str, Any]:
-        """What a source holds, as far as it is meant: each file's path, size in bytes, and whether all of it is here.
+    async def files(self, source: str, *, revalidate: bool = False, local: bool = False) -> dict[str, Any]:
+        """What a source holds: each file's path, size in bytes, and whether all of it is here. Nothing is brought.
 
-        The origin is asked as for a load; nothing is brought.
+        The origin is asked as for a load. ``local``: nobody is; UnknownBlob if this host has never loaded of it.
         """
-        snapshot = await self.resolver.resolve(parse_source(source), Tally(), revalidate=revalidate)
+        asked = parse_source(source)
+        known = self.known(asked) if local else self.resolver.resolve(asked, Tally(), revalidate=revalidate)
+        snapshot = await known
         return {
             "source": snapshot.source.public,
             "revision": snapshot.revision,
             "directory": str(self.store.directory(snapshot)),
             "single": snapshot.single,
             "files": [
-                {"path": entry.path, "size": entry.size, "here": self._is_complete(entry)}
-                for entry in snapshot.files
-                if patterns.admit(entry.path)
+                {"path": entry.path, "size": entry.size, "here": self._is_complete(entry)} for entry in snapshot.files
             ],
         }
 
