@@ -106,8 +106,8 @@ def _apply() -> None:
             _patches = Patches()
             _watcher = _Watcher()
             sys.meta_path.insert(0, _watcher)  # first, so that no module slips between it and the scan
+            _patches.scan()
         _patches.hub = any(asked)
-        _patches.scan()
         _set_environment(environment(hub=any(asked)))
     elif _patches is not None:
         with contextlib.suppress(ValueError):

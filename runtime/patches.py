@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
@@ -67,10 +67,12 @@ class Patches:
         self._refused: dict[str, bool] = {}
 
     def scan(self) -> None:
-        """Patch all of the libraries that has been imported."""
+        """Patch all of the libraries that has been imported, and whoever bound names of theirs."""
         for name in list(sys.modules):
             if name.partition(".")[0] in LIBRARIES:
                 self.patch(name)
+        if self._opener is not None:
+            _rebind(list(sys.modules.values()), *self._opener)
 
     def patch(self, name: str) -> None:
         """Patch a module of one of the libraries, if it is there."""
@@ -94,7 +96,7 @@ class Patches:
         self._methods.clear()
         if self._opener is not None:
             theirs, now = self._opener
-            _rebind(now, theirs)
+            _rebind(list(sys.modules.values()), now, theirs)
             self._opener = None
 
     def _is_refused(self, library: str) -> bool:
@@ -115,7 +117,7 @@ class Patches:
             if module.__name__ != "safetensors" or not isinstance(theirs, type):
                 return
             self._opener = theirs, _opener(theirs, self)
-        _rebind(*self._opener)
+        _rebind([module], *self._opener)
 
     def _patch_methods(self, owner: type) -> None:
         for name in METHODS:
@@ -188,9 +190,9 @@ def _opener(theirs: Any, patches: Patches) -> type:
     return safe_open
 
 
-def _rebind(old: Any, new: Any) -> None:
-    """Wherever a module has a name for ``old``, let it mean ``new``. The extension module keeps its own."""
-    for module in list(sys.modules.values()):
+def _rebind(modules: Sequence[ModuleType], old: Any, new: Any) -> None:
+    """Wherever one of the modules has a name for ``old``, let it mean ``new``. The extension module keeps its own."""
+    for module in modules:
         name = getattr(module, "__name__", "")
         if not isinstance(module, ModuleType) or name.startswith(("weightcache.", "safetensors._")):
             continue

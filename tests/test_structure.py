@@ -143,7 +143,10 @@ def test_nothing_below_the_runtime_loads_torch() -> None:
             OriginUnavailable LoadFailed StoreError StoreFull StoreInUse BlobCorrupt ProtocolError AuthError
             DaemonError UnknownBlob""",
         ),
-        (weightcache.runtime, "load_file safe_open"),
+        (
+            weightcache.runtime,
+            "install installed load load_file load_model safe_open snapshot_download uninstall",
+        ),
     ],
 )
 def test_what_is_public_changes_only_on_purpose(package: object, names: str) -> None:

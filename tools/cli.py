@@ -416,6 +416,31 @@ async def _publish(config: Config, source: str, to: str, force: bool, as_json: b
 command(app, "coldstart")(coldstart)
 
 
+@command(app, "run", rest=True)
+def run_command(
+    config: Config,
+    as_json: bool,
+    program: Annotated[list[str], typer.Argument(metavar="COMMAND [ARG]...", help="a program that loads models")],
+    hub: Annotated[bool, typer.Option("--hub", help="ids of the hub, too, go through the cache")] = False,
+) -> None:
+    """Run a program whose libraries take sources.
+
+    In it, and in what it starts, safetensors and the from_pretrained of diffusers, transformers and peft take s3://,
+    gs://, hf:// ... where they take a path: weightcache.runtime.install, by the environment.
+
+    \b
+    weightcache run python serve.py --model s3://models/sdxl/
+    weightcache run --hub python -c 'from transformers import AutoModel; AutoModel.from_pretrained("org/name")'
+    """
+    from weightcache.runtime.installing import environment
+
+    where = {"WEIGHTCACHE_STORE": str(config.store), "WEIGHTCACHE_SOCKET": str(config.socket_path)}
+    try:
+        os.execvpe(program[0], program, os.environ | where | environment(hub=hub))
+    except OSError as error:
+        raise ConfigError(f"run: {program[0]}: {error.strerror}; give a program that is there") from None
+
+
 def _terminated(number: int, frame: object) -> NoReturn:
     raise SystemExit(exits.TERMINATED)
 

@@ -56,8 +56,11 @@ def parse_size(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-def command(app: typer.Typer, name: str, *, daemon: bool = False) -> Callable[[Command], Command]:
-    """Register a function as a command. ``daemon``: it takes every setting, and logs what goes on."""
+def command(app: typer.Typer, name: str, *, daemon: bool = False, rest: bool = False) -> Callable[[Command], Command]:
+    """Register a function as a command. ``daemon``: it takes every setting, and logs what goes on.
+
+    ``rest``: its arguments are a command of their own, with options of their own.
+    """
     offered = [setting for setting in settings() if daemon or setting.key in _HERE]
     keys = {setting.key.replace(".", "_"): setting.key for setting in offered}
     common = [_config_file(), *(_setting(setting) for setting in offered), _log_level("info" if daemon else "warning")]
@@ -74,7 +77,7 @@ def command(app: typer.Typer, name: str, *, daemon: bool = False) -> Callable[[C
         parameters = [*own, _json(), *common]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(name)(run)
+        app.command(name, context_settings={"allow_interspersed_args": not rest})(run)
         return function
 
     return register
