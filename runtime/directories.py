@@ -46,7 +46,7 @@ def patiently(client: SyncClient, call: Callable[[], Result]) -> Result:
         try:
             return call()
         except DaemonError:
-            if client.embedded or time.monotonic() > deadline:
+            if not client.has_daemon or time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
 

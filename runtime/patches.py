@@ -125,7 +125,7 @@ class Patches:
             function = raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw
             if (owner, name) in self._methods or not inspect.isfunction(function):
                 continue
-            if (where := _parameter(function)) is None:
+            if (where := _parameter(function, bound=not isinstance(raw, staticmethod))) is None:
                 continue
             wrapper: Any = self._wrap(function, *where)
             if isinstance(raw, classmethod | staticmethod):
@@ -200,10 +200,13 @@ def _rebind(modules: Sequence[ModuleType], old: Any, new: Any) -> None:
             setattr(module, name, new)
 
 
-def _parameter(function: Callable[..., Any]) -> tuple[str, int] | None:
-    """Name and position of what a method takes a path or an id by; None if it does not say."""
-    names = list(inspect.signature(function).parameters)
-    return next(((name, at) for at, name in enumerate(names) if name in PARAMETERS), None)
+def _parameter(function: Callable[..., Any], *, bound: bool) -> tuple[str, int] | None:
+    """Name and position of what a method takes a path or an id by; None if it does not say.
+
+    The first argument is the owner, whether the signature shows it or not: that of a copy of a bound method does not.
+    """
+    names = [name for name in inspect.signature(function).parameters if not bound or name not in ("cls", "self")]
+    return next(((name, at + bound) for at, name in enumerate(names) if name in PARAMETERS), None)
 
 
 def _version(library: str) -> tuple[int, ...] | None:

@@ -109,6 +109,11 @@ class Client:
         """Whether a node of this process' own answers, for want of a daemon."""
         return self._own
 
+    @property
+    def has_daemon(self) -> bool:
+        """Whether a daemon has answered: one that has gone since may be restarting."""
+        return not (self._own or self._may_embed)
+
     # -- loading
 
     async def load(
@@ -384,6 +389,11 @@ class SyncClient:
     def embedded(self) -> bool:
         """See Client.embedded."""
         return self._client.embedded
+
+    @property
+    def has_daemon(self) -> bool:
+        """See Client.has_daemon."""
+        return self._client.has_daemon
 
     def pull(
         self,

@@ -132,15 +132,7 @@ class OpenFile:
                 self._ranges.add([[0, self.size]])
 
     async def _reopen(self, source: str) -> None:
-        deadline = asyncio.get_running_loop().time() + REOPEN_SECONDS
-        while True:
-            try:
-                self._load = await self._worker.client.load(source, single=True)
-                break
-            except DaemonError:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise
-                await asyncio.sleep(0.1)
+        self._load = await self._worker.load(source)
         file = self._load.snapshot["files"][0]
         try:
             same = file["at"] == self.path and _inode(self.path) == self._inode
@@ -179,7 +171,7 @@ class Worker:
     async def _start(self, source: str) -> OpenFile:
         self._stay()
         try:
-            file = OpenFile(self, await self.client.load(source, single=True))
+            file = OpenFile(self, await self.load(source))
         except BaseException:
             self._leave()
             raise
@@ -188,6 +180,17 @@ class Worker:
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: self._leave())
         return file
+
+    async def load(self, source: str) -> Load:
+        """A load of one file; a daemon that answered once, and went away, is waited for."""
+        deadline = asyncio.get_running_loop().time() + REOPEN_SECONDS
+        while True:
+            try:
+                return await self.client.load(source, single=True)
+            except DaemonError:
+                if not self.client.has_daemon or asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
 
     def _stay(self) -> None:
         self._open += 1

@@ -1,0 +1,199 @@
+"""Unmodified libraries take sources: models of several kinds, many workers at once, and what goes wrong meanwhile."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fleet.daemons import Daemon, cli
+from tests.fleet.models import BUILD, SWARM
+from tests.fleet.test_snapshot_dirs import PIPELINE
+from tests.fleet.weights import minilm
+from tests.fleet.workers import Worker
+from tests.servers.hub import HubServer
+from tests.servers.loop import wait_until
+from tests.servers.s3 import S3Server
+
+WORKERS = 20
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    with Worker(folder / "log", OFFLINE) as worker:
+        worker.run(BUILD + f"build({str(folder)!r})")
+    return folder
+
+
+def put(s3: S3Server, bucket: str, folder: Path) -> str:
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        s3.put(bucket, f"{folder.name}/{file.relative_to(folder)}", file)
+    return f"s3://{bucket}/{folder.name}/"
+
+
+def test_transformers_gives_the_same_from_a_source(s3: S3Server, tmp_path: Path, models: Path) -> None:
+    shards = list((models / "llama").glob("*.safetensors"))
+    assert len(shards) > 3
+    host = Daemon(tmp_path / "a", f"--file-root={models}", f"--file-root={minilm()}")
+    with host, Worker(tmp_path / "log", OFFLINE | host.worker_env) as worker:
+        worker.run(BUILD + "import weightcache.runtime as ours")
+        for name, local, source in [
+            ("bert", minilm(), f"file://{minilm()}/"),
+            ("clip", models / "clip", put(s3, "models", models / "clip")),
+            ("t5", models / "t5", f"file://{models}/t5"),
+            ("llama", models / "llama", put(s3, "models", models / "llama")),
+        ]:
+            worker.run(f"expected = {name}({str(local)!r})")
+            worker.run(f"with ours.installed(): found = {name}({source!r})")
+            assert worker.run("", "torch.equal(found, expected) and found.numel() > 0"), name
+            worker.run(f"with ours.installed(): again = {name}({str(local)!r})")
+            assert worker.run("", "torch.equal(again, expected)"), name
+        words = f"AutoTokenizer.from_pretrained({str(minilm())!r})('some words')['input_ids']"
+        worker.run(f"with ours.installed(): found = {words.replace(str(minilm()), f'file://{minilm()}/')}")
+        assert worker.run("", f"found == {words}")
+
+
+def test_diffusers_gives_the_same_image_from_a_source_and_reads_only_what_it_needs(
+    s3: S3Server, hub: HubServer, tmp_path: Path
+) -> None:
+    host = Daemon(tmp_path / "a", env={"HF_ENDPOINT": hub.endpoint})
+    with host, Worker(tmp_path / "log", OFFLINE | host.worker_env | {"HF_HUB_OFFLINE": "0"}) as worker:
+        worker.run(PIPELINE + f"build({str(tmp_path)!r})\nimport weightcache.runtime as ours")
+        model = tmp_path / "model"
+        worker.run(f"model = {str(model)!r}; expected = image(model)")
+        worker.run(f"with ours.installed(): found = image({put(s3, 'pipelines', model)!r})")
+        assert worker.run("", "torch.equal(found, expected)")
+        # As a repository is: the same weights as pickles, and in one file at the top.
+        for extra in ("unet/diffusion_pytorch_model.bin", "v1-5-pruned.safetensors", "unet/model.onnx_data"):
+            (model / extra).write_bytes(os.urandom(2 << 20))
+        hub.publish("org/sd", model)
+        weights = sum(path.stat().st_size for path in model.rglob("*model.safetensors"))
+        worker.run("with ours.installed(): found = image('hf://org/sd')")
+        assert worker.run("", "torch.equal(found, expected)")
+        assert hub.cdn_bytes == weights
+        worker.run("with ours.installed(hub=True): found = image('org/sd')")
+        assert worker.run("", "torch.equal(found, expected)")
+        assert hub.cdn_bytes == weights
+        hub.close()
+        worker.run("with ours.installed(hub=True): found = image('org/sd', local_files_only=True)")
+        assert worker.run("", "torch.equal(found, expected)")
+        assert [blob["leases"] for blob in leased(host)] == []
+
+
+def test_ids_of_the_hub_are_the_librarys_own_business_unless_asked_for(hub: HubServer, tmp_path: Path) -> None:
+    hub.publish("org/minilm", minilm())
+    host = Daemon(tmp_path / "a", env={"HF_ENDPOINT": hub.endpoint})
+    env = host.worker_env | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "theirs")}
+    with host, Worker(tmp_path / "log", env) as worker:
+        worker.run(BUILD + "import weightcache.runtime as ours")
+        worker.run("with ours.installed(hub=True): found = bert('org/minilm', revision='main')")
+        assert not (tmp_path / "theirs").exists()
+        said = worker.run(
+            """
+kinds = []
+with ours.installed(hub=True):
+    for name in ("org/none", "hf://org/none", "s3://../x"):
+        try:
+            AutoModel.from_pretrained(name)
+        except Exception as error:
+            kinds.append([kind.__name__ for kind in type(error).__mro__])
+""",
+            "kinds",
+        )
+        assert "RepositoryNotFoundError" in said[0]
+        assert "OSError" in said[0]
+        assert "SourceDenied" in said[1]
+        assert "SourceError" in said[2]
+        worker.run("with ours.installed(): theirs = bert('org/minilm')")
+        assert worker.run("", "torch.equal(found, theirs)")
+        assert list((tmp_path / "theirs").glob("models--org--minilm"))
+
+
+@pytest.fixture
+def host(s3: S3Server, tmp_path: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path / "a", "--origin-timeout=5") as host:
+        yield host
+
+
+@pytest.fixture
+def swarm(s3: S3Server, host: Daemon, models: Path, tmp_path: Path) -> Iterator[tuple[Worker, str, str]]:
+    """A process that starts workers, the source they load, and the digest of its tensors. Its bytes stall halfway."""
+    with Worker(tmp_path / "log", OFFLINE | host.worker_env) as worker:
+        shards = sorted(path.name for path in (models / "llama").glob("*.safetensors"))
+        worker.run(f"shards = {shards!r}\n" + SWARM)
+        digest = worker.run("", f"digest(whole({str(models / 'llama')!r}))")
+        assert worker.run("", f"digest(files({str(models / 'llama') + '/'!r}))") == digest
+        source = put(s3, f"swarm{os.getpid()}{id(worker)}", models / "llama")
+        s3.proxy.reset_counts()
+        s3.proxy.stall(r"\.safetensors$", after=1 << 20, times=1000)
+        yield worker, source, digest
+
+
+def leased(host: Daemon) -> list[dict[str, object]]:
+    with host.client() as client:
+        return [blob for blob in client.ls()["blobs"] if blob["leases"]]
+
+
+def weights(models: Path) -> int:
+    return sum(path.stat().st_size for path in (models / "llama").glob("*.safetensors"))
+
+
+def test_twenty_workers_are_one_download_and_one_that_is_killed_takes_nothing_with_it(
+    s3: S3Server, host: Daemon, swarm: tuple[Worker, str, str], models: Path
+) -> None:
+    worker, source, digest = swarm
+    pids = worker.run("", f"begin({WORKERS}, {source!r})")
+    wait_until(lambda: s3.proxy.egress >= 1 << 20, 30, "the load to be under way")
+
+    def most() -> int:
+        return max((int(str(blob["leases"])) for blob in leased(host)), default=0)
+
+    # Those that load file by file may all wait for the first one.
+    wait_until(lambda: most() == WORKERS, 30, "all workers to hold it")
+    os.kill(pids[0], signal.SIGKILL)
+    wait_until(lambda: most() == WORKERS - 1, 30, "the lease of the dead to be freed")
+    s3.proxy.heal()
+    assert worker.run("", "collect()") == [""] + [digest] * (WORKERS - 1)
+    wait_until(lambda: not leased(host), 10, "all leases to end")
+    small = 1 << 16  # configurations, listings
+    assert weights(models) <= s3.proxy.egress <= weights(models) + small
+
+
+def test_a_daemon_that_restarts_in_the_middle_goes_on(
+    s3: S3Server, host: Daemon, swarm: tuple[Worker, str, str]
+) -> None:
+    worker, source, digest = swarm
+    worker.run("", f"begin(6, {source!r})")
+    wait_until(lambda: s3.proxy.egress >= 1 << 20, 30, "the load to be under way")
+    host.kill()
+    s3.proxy.heal()
+    host.start()
+    assert worker.run("", "collect()") == [digest] * 6
+    wait_until(lambda: not leased(host), 10, "all leases to end")
+
+
+def test_an_origin_that_goes_away_for_good_is_a_clear_error(
+    s3: S3Server, host: Daemon, swarm: tuple[Worker, str, str]
+) -> None:
+    worker, source, _ = swarm
+    host.kill()
+    host.options += ["--origin-attempts=1", "--origin-timeout=0.5"]
+    host.start()
+    worker.run("", f"begin(3, {source!r})")
+    for answer in worker.run("", "collect()"):
+        assert re.match(r"(LoadFailed|OriginUnavailable): .*s3://.*; try again", answer), answer
+    wait_until(lambda: not leased(host), 10, "all leases to end")
+
+
+def test_a_program_that_knows_nothing_of_it_runs_with_sources(host: Daemon, models: Path, s3: S3Server) -> None:
+    source = put(s3, "run", models / "t5")
+    program = "import sys; from transformers import AutoModel; print(AutoModel.from_pretrained(sys.argv[1]).dtype)"
+    done = cli("run", sys.executable, "-c", program, source, env=host.worker_env | OFFLINE, timeout=100)
+    assert done.stdout == "torch.float32\n", done.stderr
