@@ -87,6 +87,39 @@ def test_diffusers_gives_the_same_image_from_a_source_and_reads_only_what_it_nee
         assert [blob["leases"] for blob in leased(host)] == []
 
 
+LORA = """
+from peft import LoraConfig, get_peft_model_state_dict
+
+def make_lora(model, folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+
+def lora_state(model, name, **options):
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    pipeline.load_lora_weights(name, **options)
+    return get_peft_model_state_dict(pipeline.unet, adapter_name="default_0")
+
+def same(one, other):
+    return len(one) > 3 and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+"""
+
+
+def test_a_lora_comes_from_a_file_or_a_directory_of_a_source(s3: S3Server, tmp_path: Path) -> None:
+    host = Daemon(tmp_path / "a")
+    with host, Worker(tmp_path / "log", OFFLINE | host.worker_env) as worker:
+        worker.run(PIPELINE + LORA + f"build({str(tmp_path)!r})\nimport weightcache.runtime as ours")
+        local, model, name = tmp_path / "lora", tmp_path / "model", "pytorch_lora_weights.safetensors"
+        worker.run(f"make_lora({str(model)!r}, {str(local)!r}); expected = lora_state({str(model)!r}, {str(local)!r})")
+        (local / "another.safetensors").write_bytes(os.urandom(2 << 20))
+        source = put(s3, "loras", local)
+        s3.proxy.reset_counts()
+        for given in (f"{source + name!r}", f"{source!r}, weight_name={name!r}"):
+            worker.run(f"with ours.installed(): found = lora_state({str(model)!r}, {given})")
+            assert worker.run("", "same(found, expected)")
+        assert s3.proxy.egress < 1 << 20  # the other one is not wanted
+
+
 def test_ids_of_the_hub_are_the_librarys_own_business_unless_asked_for(hub: HubServer, tmp_path: Path) -> None:
     hub.publish("org/minilm", minilm())
     host = Daemon(tmp_path / "a", env={"HF_ENDPOINT": hub.endpoint})
