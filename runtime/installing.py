@@ -94,6 +94,15 @@ def environment(*, hub: bool) -> dict[str, str]:
     return {VARIABLE: "hub" if hub else "1", "PYTHONPATH": os.pathsep.join([STARTUP, *rest])}
 
 
+def _forked() -> None:
+    """In a child, nobody holds what another thread of the parent held."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 # -- below here, under the lock
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -161,11 +162,8 @@ class Patches:
         if is_remote(value):
             # A page of a hub is a name that the libraries know, too.
             return not str(value).lower().startswith(("https://huggingface.co/", "https://hf.co/"))
-        if not self.hub or not isinstance(value, str) or not _ID.fullmatch(value):
-            return False
-        from os.path import exists
-
-        return not exists(value)
+        is_id = self.hub and isinstance(value, str) and _ID.fullmatch(value)
+        return bool(is_id) and not os.path.exists(str(value))
 
 
 def _opener(theirs: Any, patches: Patches) -> type:

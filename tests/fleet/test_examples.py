@@ -32,8 +32,9 @@ def test_each_says_what_it_takes(name: str) -> None:
 def test_transformers(tmp_path: Path) -> None:
     with Daemon(tmp_path / "a", f"--file-root={minilm()}") as host:
         texts = ("--text", "one sentence", "--text", "another")
-        from_source = run("with_transformers.py", f"file://{minilm()}/", *texts, env=host.worker_env)
-    local = run("with_transformers.py", str(minilm()), *texts)
+        env = host.worker_env | {"HF_HUB_OFFLINE": "1"}
+        from_source = run("with_transformers.py", f"file://{minilm()}/", *texts, env=env)
+    local = run("with_transformers.py", str(minilm()), *texts, env={"HF_HUB_OFFLINE": "1"})
     assert from_source.startswith("2 rows of 384")
     assert from_source.splitlines()[1:] == local.splitlines()[1:]
 
