@@ -28,6 +28,10 @@ TABLES = {
     "latency": ("bench.daemon", "the control API's answers while a gigabyte moves"),
     "memory": ("bench.daemon", "what the daemon's processes hold, idle and busy"),
     "startup": ("bench.daemon", "import, --help, daemon ready"),
+    "finetunes": (
+        "bench.finetunes",
+        "ten fine-tunes that share 60%: bytes by source, and how far from the distinct ones",
+    ),
     "link": ("bench.link", "over a link shaped to 1 Gbit/s; needs root"),
     "warm": ("bench.load", "load_file from the page cache, beside safetensors"),
     "planner": ("bench.planner", "what one decision of the planner costs"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import count
@@ -25,9 +26,15 @@ from weightcache.errors import BlobCorrupt
 
 MIB = 1 << 20
 COUNT = 20  # tensors of a MiB and more each: chunks of their own
-SIZE = 2 * MIB
+SIZE = MIB
 SMALL = 400 << 10  # bytes: headers, manifests and the like
 _numbers = count()
+
+
+def chunks(data: bytes) -> set[bytes]:
+    """The ids of a file's chunks but the header's."""
+    start = len(data) - COUNT * SIZE
+    return {chunk_id(data[at : at + SIZE]) for at in range(start, len(data), SIZE)}
 
 
 def tuned(base: bytes, share: float, seed: int) -> bytes:
@@ -70,6 +77,23 @@ def test_a_published_fine_tune_moves_only_what_differs(s3: S3Server, tmp_path: P
         assert from_peers(there) >= len(tune) - own - SMALL
         assert s3.proxy.egress <= own + SMALL
         assert there["fallbacks"] == []
+
+
+def test_fine_tunes_that_are_pulled_together_share_what_comes(s3: S3Server, tmp_path: Path) -> None:
+    """Nothing is here, and all manifests are published: what two have in common comes about once."""
+    base = tensors(COUNT, SIZE, seed=3)
+    tunes = {f"s3://tunes/together-{seed}.safetensors": tuned(base, 0.6, seed) for seed in range(4, 10)}
+    for source, data in tunes.items():
+        s3.put("tunes", source.rpartition("/")[2], data)
+    with Daemon(tmp_path / "publisher", env=s3.env()) as publisher, publisher.client() as client:
+        for source in tunes:
+            client.publish(source)
+    distinct = len({ident for data in tunes.values() for ident in chunks(data)}) * SIZE
+    s3.proxy.reset_counts()
+    with Daemon(tmp_path / "host", env=s3.env()) as host, ThreadPoolExecutor(4) as threads:
+        for report, data in zip(threads.map(host.pull, tunes), tunes.values(), strict=True):
+            assert read(report) == data
+    assert s3.proxy.egress <= 1.25 * distinct + len(tunes) * SMALL
 
 
 # -- what is published may be wrong

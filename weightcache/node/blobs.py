@@ -192,7 +192,11 @@ class Blobs:
         local, unknown = await asyncio.to_thread(self._elsewhere, manifest)
         whole = any(state.has is True for state in self._states.get(blob, {}).values())
         shared = await elsewhere(self._swarm, unknown) if not whole else {}
+        if unknown:  # some may have come meanwhile, with another blob
+            local, unknown = await asyncio.to_thread(self._elsewhere, manifest)
         coming = self._transfers.begin(entry, manifest, rank(entry), self._states.get(blob, {}), local, shared)
+        for chunk, name in unknown.items():
+            coming.sought.setdefault(name, []).append(chunk)
         if teller is not None:
             coming.teller = teller
             coming.claims.add(teller)

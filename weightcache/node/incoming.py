@@ -43,6 +43,7 @@ class Incoming:
     users: int = 0
     local: dict[int, Place] = field(default_factory=dict)  # chunk -> (blob, its chunk) on this disk
     shared: Shared = field(default_factory=dict)
+    sought: dict[bytes, list[int]] = field(default_factory=dict)  # id -> missing chunks that have it
     opened: set[str] = field(default_factory=set)  # processes that were handed the writer
     teller: bytes | None = None  # the peer whose word the manifest's ids were; None: nobody's, or a publisher's
     claims: set[bytes] = field(default_factory=set)  # peers that were believed: their manifest, or a chunk's id
@@ -54,6 +55,12 @@ class Incoming:
     @property
     def blob(self) -> bytes:
         return self.manifest.blob
+
+    def found(self, name: bytes, place: Place) -> list[int]:
+        """A chunk with this id has come to ``place`` on this disk; the missing chunks that can be copied from there."""
+        chunks = [chunk for chunk in self.sought.pop(name, ()) if chunk not in self.had] if not self.alone else []
+        self.local |= dict.fromkeys(chunks, place)
+        return chunks
 
     def stated(self, peer: bytes, name: str, state: State) -> ChunkSet | None:
         """What a peer has, by what it stated and of other blobs. A set that does not fit the blob counts as nothing."""

@@ -14,6 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from weightcache.config import Config
@@ -253,6 +254,8 @@ class Transfers:
 
     def _fetch(self, fetch: Fetch, batches: dict[bytes, list[list[Any]]]) -> None:
         coming = self._incoming[fetch.blob]
+        if fetch.via == self._store.node_id:
+            fetch = replace(fetch, via=Via.LOCAL)
         self._requests[fetch.request] = (coming, fetch, set(fetch.chunks))
         role = "recv" if isinstance(fetch.via, bytes) else "origin"
         process = self._processes[role]
@@ -332,7 +335,7 @@ class Transfers:
                         left.discard(chunk)
                         if not left:
                             del self._requests[request]
-                        events.append(self._landed(coming, fetch, chunk, name, check, length, *spent))
+                        events += self._landed(coming, fetch, chunk, name, check, length, *spent)
                 self._feed(*events)
             case ["failed", rows]:
                 for request, kind, detail, wait, *error in rows:
@@ -346,18 +349,18 @@ class Transfers:
     def _landed(
         self, coming: Incoming, fetch: Fetch, chunk: int, name: bytes, check: bytes, length: int,
         seconds: float, hashing: float, writing: float,
-    ) -> Event:  # fmt: skip
+    ) -> list[Event]:  # fmt: skip
         """A chunk is written: record that it is had, and tell. What comes of it for the planner.
 
         It came ``seconds`` after it was asked for; ``hashing`` and ``writing`` are seconds, too.
         """
         if chunk in coming.had:
-            return Got(fetch.request, chunk)
+            return [Got(fetch.request, chunk)]
         try:
             self._store.record(coming.blob, [(chunk, name, check)])
         except WeightcacheError as error:
             kind, message = to_wire(error)
-            return Failed(fetch.request, Kind.FATAL, f"{coming.entry.path}: {message}", error=kind)
+            return [Failed(fetch.request, Kind.FATAL, f"{coming.entry.path}: {message}", error=kind)]
         via, known = fetch.via, coming.manifest.id(chunk) is not None
         if isinstance(via, bytes) and not known:
             coming.claims.add(via)
@@ -384,7 +387,10 @@ class Transfers:
         for listener in coming.listeners if not again else ():
             listener(begin, begin + length)
         self._had(coming, chunk, name)
-        return Got(fetch.request, chunk)
+        # For other blobs on their way this host has become a holder, like a peer: they copy it from here.
+        others = [(other, other.found(name, (coming.blob, chunk))) for other in self.all() if other is not coming]
+        found = [PeerGot(self._store.node_id, other.blob, chunks) for other, chunks in others if chunks]
+        return [Got(fetch.request, chunk), *found]
 
     def _failed(self, request: int, kind: str, detail: str, wait: float = 0.0, error: str = "StoreError") -> None:
         if request not in self._requests:
