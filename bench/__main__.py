@@ -30,7 +30,7 @@ TABLES = {
     "startup": ("bench.daemon", "import, --help, daemon ready"),
     "finetunes": (
         "bench.finetunes",
-        "ten fine-tunes that share 60%: bytes by source, and how far from the distinct ones",
+        "ten fine-tunes that share 60%: bytes by source, beside the distinct ones",
     ),
     "link": ("bench.link", "over a link shaped to 1 Gbit/s; needs root"),
     "warm": ("bench.load", "load_file from the page cache, beside safetensors"),

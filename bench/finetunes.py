@@ -21,7 +21,7 @@ TENSOR = 2_000_000  # bytes: a chunk of its own
 AT_ONCE = 4  # as pull does it
 HOSTS = 3
 ABOUT = (
-    "Network: bodies that left the S3 server (headers and manifests too) and bytes from peers. Distinct: what the hosts "
+    "Network: bodies that left the S3 server (headers and manifests, too) and bytes from peers. Distinct: what hosts "
     "must get if each gets each different chunk of what it loads once. Control messages between peers are not counted: "
     "for a fine-tune some 40 bytes a chunk of at most 8 MiB. Each host's manifests come from beside the objects."
 )

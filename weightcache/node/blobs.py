@@ -194,9 +194,7 @@ class Blobs:
         shared = await elsewhere(self._swarm, unknown) if not whole else {}
         if unknown:  # some may have come meanwhile, with another blob
             local, unknown = await asyncio.to_thread(self._elsewhere, manifest)
-        coming = self._transfers.begin(entry, manifest, rank(entry), self._states.get(blob, {}), local, shared)
-        for chunk, name in unknown.items():
-            coming.sought.setdefault(name, []).append(chunk)
+        coming = self._transfers.begin(entry, manifest, rank(entry), self._states.get(blob, {}), local, unknown, shared)
         if teller is not None:
             coming.teller = teller
             coming.claims.add(teller)

@@ -16,8 +16,8 @@ from weightcache.core.source import Source
 from weightcache.errors import OriginUnavailable, from_wire
 from weightcache.net.channel import close_all
 from weightcache.net.memory_file import memory_file, read_memory_file
+from weightcache.node.incoming import one_file
 from weightcache.node.processes import BulkProcess
-from weightcache.node.transfers import one_file
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
 LONGEST_WAIT = 10.0  # seconds that an origin may ask to be left alone for, and is

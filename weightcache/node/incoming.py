@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.ids import short
 from weightcache.core.manifest import Manifest
-from weightcache.core.snapshot import FileEntry
+from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
 from weightcache.errors import FormatError
 from weightcache.log import fields
 from weightcache.node.report import Tally
@@ -90,3 +91,8 @@ class Incoming:
         plan = self.manifest.plan
         chunks = {chunk for places in self.shared.values() for chunk in places}
         return sum(plan.span(chunk)[1] for chunk in chunks.difference(self.had, self.local))
+
+
+def one_file(entry: FileEntry) -> bytes:
+    """One file's entry as the reader gets it."""
+    return encode_snapshot(Snapshot(entry.source, "-", "-", (entry,), time.time()))

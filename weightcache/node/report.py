@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from weightcache.core.events import Via
 from weightcache.node.spans import Span
 
 MAX_FALLBACKS = 100  # reasons kept of one load
@@ -30,6 +31,17 @@ class Tally:
             self.peers[peer] = self.peers.get(peer, 0) + size
         for reason in other.fallbacks:
             self.note(reason)
+
+    def count(self, where: str | Via, length: int, hashing: float, writing: float) -> None:
+        """A chunk has come, from a peer (its address) or otherwise."""
+        self.hashing += hashing
+        self.writing += writing
+        if isinstance(where, str):
+            self.peers[where] = self.peers.get(where, 0) + length
+        elif where is Via.ORIGIN:
+            self.origin += length
+        else:
+            self.local += length
 
     def note(self, reason: str) -> None:
         """Keep a reason, once."""

@@ -49,11 +49,12 @@ from weightcache.core.events import (
 from weightcache.core.ids import short
 from weightcache.core.manifest import Manifest
 from weightcache.core.planner import Planner
-from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
+from weightcache.core.snapshot import FileEntry
 from weightcache.errors import BlobCorrupt, WeightcacheError, from_wire, to_wire
 from weightcache.log import fields
 from weightcache.node.disown import Disowning
-from weightcache.node.incoming import Incoming, Shared
+from weightcache.node.incoming import Incoming, Shared, one_file
+from weightcache.node.kin import SOON, SOON_SECONDS, Kin
 from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
 from weightcache.node.swarm import Peer, Place, State
@@ -95,7 +96,7 @@ class Transfers:
         )  # fmt: skip
         self._flusher = Flusher(config.dirty_budget or default_budget(), self._congested)
         self._incoming: dict[bytes, Incoming] = {}
-        self._handles: dict[int, Incoming] = {}
+        self._kin = Kin(self._incoming, store.node_id)
         self._requests: dict[int, tuple[Incoming, Fetch, set[int]]] = {}  # the set: chunks still to come
         self._disowning = Disowning(store, self._again)
         self._introduced: set[bytes] = set()  # peers the receiver knows
@@ -142,17 +143,19 @@ class Transfers:
 
     def begin(
         self, entry: FileEntry, manifest: Manifest, rank: int, peers: dict[bytes, State], local: dict[int, Place],
-        shared: Shared,
+        sought: dict[int, bytes], shared: Shared,
     ) -> Incoming:  # fmt: skip
         """Start bringing what is missing of a blob that has its space. ``peers``: what they say of it; ``local``, and
-        ``shared`` at peers: where its chunks are in other blobs."""
+        ``shared`` at peers: where its chunks are in other blobs; ``sought``: ids of those that are nowhere here."""
         had = self._store.had(manifest.blob)
         self._next_handle += 1
         writer = Landing(self._store.open_writer(manifest.blob))
         done = self._loop.create_future()
         done.add_done_callback(lambda done: done.cancelled() or done.exception())  # who waits will see it
         coming = Incoming(entry, manifest, had, writer, self._next_handle, rank, done, local=local, shared=shared)
-        self._incoming[coming.blob] = self._handles[coming.handle] = coming
+        for chunk, name in sought.items():
+            coming.sought.setdefault(name, []).append(chunk)
+        self._incoming[coming.blob] = coming
         self._add(coming, peers)
         return coming
 
@@ -161,6 +164,7 @@ class Transfers:
         reach = Reach.RANGED if coming.entry.ranged else Reach.STREAM
         stated = {**dict.fromkeys(coming.shared, State()), **peers}
         known = [(peer, coming.stated(peer, self._name(peer), state)) for peer, state in stated.items()]
+        known.append((SOON, self._kin.soon(coming)))
         readers = [(peer, state.reads) for peer, state in peers.items() if state.reads is not None]
         plan, local = coming.manifest.plan, sorted(coming.local)
         added = LoadAdded(coming.blob, plan, coming.had, coming.rank, reach, self._attempts, local, known, readers)
@@ -254,6 +258,9 @@ class Transfers:
 
     def _fetch(self, fetch: Fetch, batches: dict[bytes, list[list[Any]]]) -> None:
         coming = self._incoming[fetch.blob]
+        if fetch.via == SOON:
+            self._loop.call_soon(self._feed, Failed(fetch.request, Kind.BUSY, wait=SOON_SECONDS))
+            return
         if fetch.via == self._store.node_id:
             fetch = replace(fetch, via=Via.LOCAL)
         self._requests[fetch.request] = (coming, fetch, set(fetch.chunks))
@@ -300,15 +307,18 @@ class Transfers:
         self._processes["origin"].send("copy", fetch.request, coming.handle, row, offset, fds=[reader])
 
     def _blame(self, blame: Blame) -> None:
+        if blame.via == SOON:
+            self._loop.call_soon(self._feed, PeerPardoned(SOON))
+            return
         self.failures += 1
         coming = self._incoming.get(blame.blob)
         why = f"{blame.kind}: {blame.detail}" if blame.detail else str(blame.kind)
-        if isinstance(blame.via, bytes):
+        if isinstance(blame.via, bytes) and blame.via != self._store.node_id:
             who = f"peer {self._name(blame.via)}"
             if blame.kind in LIES:
                 self._trust.lied(blame.via, self._name(blame.via), why)
         else:
-            who = "a copy on this disk" if blame.via is Via.LOCAL else "origin"
+            who = "origin" if blame.via is Via.ORIGIN else "a copy on this disk"
         rest = f"; left alone for {blame.rest:.1f} s" if blame.rest else ""
         if coming is not None:
             coming.tally.note(f"{who}: {why}{rest}")
@@ -371,15 +381,9 @@ class Transfers:
             coming.borrowed.add(chunk)
         coming.manifest.learn(chunk, name, check)
         coming.had.add(chunk)
+        where = self._name(via) if isinstance(via, bytes) else via
         for tally in (coming.tally, self.moved):
-            tally.hashing += hashing
-            tally.writing += writing
-            if isinstance(via, bytes):
-                tally.peers[self._name(via)] = tally.peers.get(self._name(via), 0) + length
-            elif via is Via.ORIGIN:
-                tally.origin += length
-            else:
-                tally.local += length
+            tally.count(where, length, hashing, writing)
         now = time.monotonic()  # the bulk processes' clock
         coming.spans["peers" if isinstance(via, bytes) else via.value].add(now - seconds, now)
         begin, _ = coming.manifest.plan.span(chunk)
@@ -387,10 +391,7 @@ class Transfers:
         for listener in coming.listeners if not again else ():
             listener(begin, begin + length)
         self._had(coming, chunk, name)
-        # For other blobs on their way this host has become a holder, like a peer: they copy it from here.
-        others = [(other, other.found(name, (coming.blob, chunk))) for other in self.all() if other is not coming]
-        found = [PeerGot(self._store.node_id, other.blob, chunks) for other, chunks in others if chunks]
-        return [Got(fetch.request, chunk), *found]
+        return [Got(fetch.request, chunk), *self._kin.landed(name, (coming.blob, chunk))]
 
     def _failed(self, request: int, kind: str, detail: str, wait: float = 0.0, error: str = "StoreError") -> None:
         if request not in self._requests:
@@ -446,6 +447,7 @@ class Transfers:
             for request, (owner, fetch, _) in self._requests.items()
             if owner is coming and fetch.via is not Via.ORIGIN
         ]
+        coming.sought.clear()
         self._disowning.await_end(coming, others)
         self._feed(LoadRemoved(coming.blob))
         if not others:
@@ -481,7 +483,6 @@ class Transfers:
 
     def _end(self, coming: Incoming, error: WeightcacheError | None) -> None:
         self._incoming.pop(coming.blob, None)
-        self._handles.pop(coming.handle, None)
         for request in [r for r, (owner, _, _) in self._requests.items() if owner is coming]:
             del self._requests[request]
         for role in coming.opened:
@@ -492,6 +493,7 @@ class Transfers:
                 coming.done.set_result(None)
             else:
                 coming.done.set_exception(error)
+        self._loop.call_soon(self._feed, *self._kin.ended())
 
     def close(self) -> None:
         if self._wake is not None:
@@ -499,8 +501,3 @@ class Transfers:
         for coming in self.all():
             self.abandon(coming, WeightcacheError("this host is shutting down"))
         self._flusher.close()
-
-
-def one_file(entry: FileEntry) -> bytes:
-    """One file's entry as the reader gets it."""
-    return encode_snapshot(Snapshot(entry.source, "-", "-", (entry,), time.time()))
