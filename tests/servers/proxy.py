@@ -162,6 +162,9 @@ class FaultProxy:
                     wait = "" if fault.retry_after is None else f"Retry-After: {fault.retry_after}\r\n"
                     writer.write(f"HTTP/1.1 {fault.status} Fault\r\nContent-Length: 0\r\n{wait}\r\n".encode())
                     await writer.drain()
+                    left = _body_length(head)
+                    while left and (data := await reader.read(min(left, 1 << 18))):
+                        left -= len(data)
                     continue
                 answers = answers or asyncio.create_task(answering.pump())
                 server_writer.write(head)

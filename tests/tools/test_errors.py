@@ -35,6 +35,9 @@ WRONG = [
     (("pull", "file:///etc/hostname"), 5, "SourceDenied", "file_roots"),
     (("manifest", "/nope"), 4, "SourceNotFound", "no such file"),
     (("manifest", "/"), 3, "FormatError", "directory"),
+    (("publish",), 2, "UsageError", "SOURCE"),
+    (("publish", "file:///etc/hostname"), 5, "SourceDenied", "file_roots"),
+    (("publish", "s3://bucket/key", "--to", "fleet"), 2, "ConfigError", "redis://"),
     (("status",), 10, "DaemonError", "weightcache daemon"),
     (("peers",), 10, "DaemonError", "weightcache daemon"),
 ]

@@ -14,7 +14,7 @@ from weightcache.core.published import MAX_PUBLISHED_BYTES, beside, differs
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
 from weightcache.errors import SourceDenied
-from weightcache.origin.base import Origin, pieces
+from weightcache.origin.base import Origin, pieces, unwritable
 from weightcache.origin.policy import Policy
 
 FIRST_READ = 256 << 10  # bytes: holds the header of nearly every file, and most small files whole
@@ -102,7 +102,7 @@ class Origins:
         Raises SourceError when something else is there, unless ``force``.
         """
         backend = self._backend(beside(entry.source))
-        while True:
+        for _ in range(2):  # somebody else may have been first
             try:
                 there = await backend.beside(entry, MAX_PUBLISHED_BYTES)
             except SourceDenied:  # that may also mean: there is nothing
@@ -114,6 +114,7 @@ class Origins:
             if await backend.publish(entry, data, replace=there is not None):
                 self._misses.pop(entry.blob, None)
                 return "published" if there is None else "replaced"
+        raise unwritable(entry, "something is there that cannot be read")
 
     async def close(self) -> None:
         """Close every backend that was used."""
