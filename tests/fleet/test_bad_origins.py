@@ -101,9 +101,9 @@ def test_an_origin_that_asks_for_time_gets_it(tmp_path: Path) -> None:
         FaultProxy(nginx.port) as proxy,
         Daemon(tmp_path / "host", *OPTIONS) as host,
     ):
-        proxy.answer("/plain/file", 503, retry_after=1)
-        proxy.stall("/plain/file", after=NEVER, times=2)
-        proxy.answer("/plain/file", 503, times=STREAMS, retry_after=1)
+        proxy.answer("/plain/file$", 503, retry_after=1)
+        proxy.stall("/plain/file$", after=NEVER, times=2)
+        proxy.answer("/plain/file$", 503, times=STREAMS, retry_after=1)
         report = host.pull(f"http://127.0.0.1:{proxy.port}/plain/file")
     assert read(report) == data
     assert report["stages"]["resolve"] >= 1
