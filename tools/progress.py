@@ -54,7 +54,7 @@ def publishing(source: str) -> Iterator[Listener]:
         DownloadColumn(),
         TextColumn("{task.fields[state]}", markup=False),
     )
-    with _live(*columns) as progress:
+    with live(*columns) as progress:
         task = progress.add_task(_tail(plain(source)), total=None, state="asking")
         files = done = 0
 

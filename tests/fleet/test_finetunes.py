@@ -15,6 +15,7 @@ from tests.fleet.bad_peer import BadPeer, read
 from tests.fleet.daemons import Daemon, from_peers
 from tests.fleet.weights import tensors
 from tests.servers.loop import wait_until
+from tests.servers.redis import RedisServer
 from tests.servers.s3 import S3Server
 from weightcache.core.ids import chunk_id
 from weightcache.core.layout import head_length, plan_from_head
@@ -249,3 +250,31 @@ def test_a_peer_that_only_says_to_share_costs_a_retry(s3: S3Server, tune: Tune, 
     assert read(report) == tune.data
     assert any(line.startswith(f"peer {peer.address}: ") for line in report["fallbacks"])
     assert report["bytes_nearby"] > 0
+
+
+def test_what_is_published_into_the_fleet_is_known_before_the_first_byte(s3: S3Server, tmp_path: Path) -> None:
+    """A fleet that has never seen the fine-tune, and whose publisher is gone: its base is here, so only the rest moves.
+
+    There is no need for the header either.
+    """
+    base = tensors(COUNT, SIZE, seed=11)
+    data = tuned(base, 0.6, seed=12)
+    s3.put("tunes", "fleet/base.safetensors", base)
+    tag = s3.put("tunes", "fleet/tune.safetensors", data)
+    source = "s3://tunes/fleet/tune.safetensors"
+    entry = FileEntry("tune.safetensors", parse_source(source), f"etag:{tag}", len(data))
+    with RedisServer() as redis:
+        env = s3.env() | {"WEIGHTCACHE_DISCOVER": redis.url}
+        with Daemon(tmp_path / "publisher", env=env) as publisher, publisher.client() as client:
+            (row,) = client.publish(source, to="fleet")
+            # A host on Redis teaches of itself what it has brought.
+            assert row["state"] in ("published", "same")
+            assert client.publish(source, to="fleet")[0]["state"] == "same"
+        with Daemon(tmp_path / "host", "--origin-manifests=false", env=env) as host:
+            host.pull("s3://tunes/fleet/base.safetensors")
+            s3.proxy.reset_counts()
+            report = host.pull(source)
+            assert read(report) == data
+            assert report["bytes_here"] >= 0.6 * COUNT * SIZE
+            assert s3.proxy.egress <= round(0.4 * COUNT) * SIZE + 8192
+            assert redis.keys(f"*{entry.blob.hex()}*")

@@ -426,13 +426,12 @@ class Transfers:
         log.error("manifest contradicts the origin", extra=fields(blob=short(coming.blob), tellers=tellers, why=detail))
         self.contradicted(coming.entry, coming.claims, coming.accused)
         self._feed(LoadRemoved(coming.blob))
-        name = coming.entry.source.public
-        error = BlobCorrupt(f"{name}: what {tellers} told of it is not what its origin has; load it again")
+        what = f"{coming.entry.source.public}: what {tellers} told of it"
 
         def discarded(done: asyncio.Future[None]) -> None:
             done.exception()  # somebody else has removed it
             if self._incoming.get(coming.blob) is coming:
-                self._end(coming, error)
+                self._end(coming, BlobCorrupt(f"{what} is not what its origin has; load it again"))
 
         # It ends when nothing is left of it: whoever loads again must not find it.
         self._loop.run_in_executor(None, self._store.discard, coming.blob).add_done_callback(discarded)
@@ -442,14 +441,11 @@ class Transfers:
         log.error("published manifest contradicts the origin", extra=fields(blob=short(coming.blob), why=detail))
         coming.tally.note(f"published manifest: left aside, its origin has other bytes: {detail}")
         self.contradicted(coming.entry, (), coming.accused)
-        others = [
-            (request, "recv" if isinstance(fetch.via, bytes) else "origin")
-            for request, (owner, fetch, _) in self._requests.items()
-            if owner is coming and fetch.via is not Via.ORIGIN
-        ]
+        theirs = [(request, fetch.via) for request, (owner, fetch, _) in self._requests.items() if owner is coming]
+        others = [(n, "recv" if isinstance(via, bytes) else "origin") for n, via in theirs if via is not Via.ORIGIN]
         coming.sought.clear()
         self._disowning.await_end(coming, others)
-        self._feed(LoadRemoved(coming.blob))
+        self._feed(LoadRemoved(coming.blob), *self._kin.ended())
         if not others:
             self._disowning.go_on(coming)
 
