@@ -153,6 +153,11 @@ def half_known(tune: Tune) -> bytes:
     return encode_published(tune.entry, manifest)
 
 
+def every_8_mib(tune: Tune) -> Manifest:
+    plan = plan_from_head(len(tune.data), None)
+    return Manifest(tune.entry.blob, plan, b"x" * 32 * len(plan))
+
+
 UNUSABLE: dict[str, tuple[Callable[[Tune], bytes], str]] = {
     "nothing": (lambda tune: b"", "no manifest"),
     "garbage": (lambda tune: b"\xc1" * 1000, "no manifest"),
@@ -167,9 +172,7 @@ UNUSABLE: dict[str, tuple[Callable[[Tune], bytes], str]] = {
     ),
     "half of it": (half_known, "does not cover the whole object"),
     "another plan": (
-        lambda tune: encode_published(
-            tune.entry, Manifest(tune.entry.blob, plan_from_head(len(tune.data), None), b"x" * 32 * 6)
-        ),
+        lambda tune: encode_published(tune.entry, every_8_mib(tune)),
         "do not follow from the object's header",
     ),
     "another header": (
