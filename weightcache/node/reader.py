@@ -12,7 +12,8 @@ A chunk is (index, offset, length, expected id or b""). From it, besides answers
     got [[request, index, id, check, length, seconds, hashing, writing], ...]
     failed [[request, kind, detail, wait, class], ...]
 
-One read is one attempt: when to try again, and whom to ask instead, is for the planner to say.
+One read is one attempt: when to try again, and whom to ask instead, is for the planner to say. Reads fill buffers that
+are used again: fresh memory costs as much as hashing what is put into it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from weightcache.config import OriginConfig
 from weightcache.core.events import Kind
 from weightcache.core.ids import Buffer
 from weightcache.core.landing import ChunkMismatch, Spent, land
-from weightcache.core.layout import ChunkPlan, plan_from_head
+from weightcache.core.layout import CHUNK, ChunkPlan, plan_from_head
 from weightcache.core.manifest import encode_manifest, encode_plan
 from weightcache.core.published import MAX_PUBLISHED_BYTES, check_head, decode_published, is_worth
 from weightcache.core.snapshot import FileEntry, decode_snapshot, encode_snapshot
@@ -48,6 +49,7 @@ from weightcache.origin import Origins
 
 BESIDE_SECONDS = 2.0  # that a published manifest may come later than the header
 LANDING_THREADS = 2  # hashing and writing release the interpreter's lock
+SPARE_BUFFERS = 4  # kept for the next reads
 Chunk = tuple[int, int, int, bytes]
 Result = TypeVar("Result")
 
@@ -71,6 +73,7 @@ class Reader:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(LANDING_THREADS, "land")
+        self._buffers: list[memoryview] = []
         self._origins: Origins | None = None
 
     async def serve(self) -> None:
@@ -176,9 +179,16 @@ class Reader:
         assert self._origins is not None
         began = time.monotonic()
         begin, end = chunks[0][1], chunks[-1][1] + chunks[-1][2]
-        data = memoryview(await self._origins.read(target.entry, begin, end))
-        for chunk in chunks:
-            await self._land(request, target, chunk, data[chunk[1] - begin : chunk[1] + chunk[2] - begin], began)
+        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(CHUNK))
+        if len(buffer) < end - begin:
+            buffer = memoryview(bytearray(end - begin))
+        data = buffer[: end - begin]
+        await self._origins.fill(target.entry, begin, data)
+        pieces = [data[offset - begin : offset - begin + length] for _, offset, length, _ in chunks]
+        await self._land(request, target, chunks, pieces, began)
+        # Only now: when it did not end well, a thread may still be at the buffer.
+        if len(self._buffers) < SPARE_BUFFERS:
+            self._buffers.append(buffer)
 
     async def _stream(self, request: int, target: _Target, chunks: list[Chunk]) -> None:
         """Read the whole object in order and keep what is wanted of it."""
@@ -192,7 +202,7 @@ class Reader:
                 chunk = wanted.pop(0)
                 first = chunk[1] - at
                 data = bytes(memoryview(held)[first : first + chunk[2]])
-                await self._land(request, target, chunk, data, began)
+                await self._land(request, target, [chunk], [data], began)
                 del held[: first + chunk[2]]
                 at = chunk[1] + chunk[2]
             skip = min(len(held), (wanted[0][1] if wanted else target.entry.size) - at)
@@ -203,22 +213,30 @@ class Reader:
 
     async def _copy(self, request: int, target: _Target, chunk: Chunk, read: asyncio.Future[bytes]) -> None:
         began = time.monotonic()
-        await self._land(request, target, chunk, await read, began)
+        await self._land(request, target, [chunk], [await read], began)
 
-    async def _land(self, request: int, target: _Target, chunk: Chunk, data: Buffer, began: float) -> None:
-        index, offset, length, expected = chunk
-        spent = Spent()
+    async def _land(
+        self, request: int, target: _Target, chunks: Sequence[Chunk], data: Sequence[Buffer], began: float
+    ) -> None:
+        """Land chunks one after the other, up to the first that fails, and tell of all of them at once."""
         fd = os.dup(target.fd)  # the blob may be closed while a thread still writes
+        landed: list[list[Any]] = []
 
-        def work() -> tuple[bytes, bytes]:
-            try:
-                return land(fd, offset, data, expected, spent=spent)
-            except OSError as error:
-                raise _DiskError(f"writing the store: {error.strerror}; see its disk") from None
+        def work() -> None:
+            for (index, offset, length, expected), piece in zip(chunks, data, strict=True):
+                spent = Spent()
+                try:
+                    name, check = land(fd, offset, piece, expected, spent=spent)
+                except OSError as error:
+                    raise _DiskError(f"writing the store: {error.strerror}; see its disk") from None
+                seconds = time.monotonic() - began
+                landed.append([request, index, name, check, length, seconds, spent.hashing, spent.writing])
 
-        name, check = await self._thread(fd, work)
-        seconds = time.monotonic() - began
-        self._post("got", [[request, index, name, check, length, seconds, spent.hashing, spent.writing]])
+        try:
+            await self._thread(fd, work)
+        finally:
+            if landed:
+                self._post("got", landed)
 
     def _thread(self, fd: int, work: Callable[[], Result]) -> asyncio.Future[Result]:
         """Run ``work`` on ``fd`` in a thread. The descriptor is closed after it, also when it is cancelled first."""

@@ -45,8 +45,11 @@ class Origin(Protocol):
         """What the source is now: its files, with their sizes and versions."""
         ...
 
-    async def read(self, entry: FileEntry, begin: int, end: int) -> Buffer:
-        """Bytes [begin, end) of exactly that version; ``begin < end <= entry.size``. One buffer of that size."""
+    async def read(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes from ``begin`` on, of exactly that version; all within ``entry.size``.
+
+        When it does not end well, a thread may write into ``buffer`` for a moment still.
+        """
         ...
 
     def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:

@@ -32,12 +32,14 @@ class FileOrigin:
     async def resolve(self, source: Source) -> Snapshot:
         return await asyncio.to_thread(self._resolve, source)
 
-    async def read(self, entry: FileEntry, begin: int, end: int) -> Buffer:
-        return await asyncio.to_thread(self._read, entry, begin, end)
+    async def read(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
+        await asyncio.to_thread(self._read, entry, begin, buffer)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         for begin in range(0, entry.size, PIECE):
-            yield await self.read(entry, begin, min(begin + PIECE, entry.size))
+            piece = memoryview(bytearray(min(PIECE, entry.size - begin)))
+            await self.read(entry, begin, piece)
+            yield piece
 
     async def beside(self, entry: FileEntry, limit: int) -> bytes | None:
         return await asyncio.to_thread(self._beside, beside(entry.source), limit)
@@ -71,20 +73,19 @@ class FileOrigin:
             version, size = _state(fd)
         return FileEntry(path, source, version, size)
 
-    def _read(self, entry: FileEntry, begin: int, end: int) -> Buffer:
-        data = bytearray(end - begin)
+    def _read(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
         at = 0
         with self._open(entry.source) as fd:
             check_state(entry, *_state(fd))
-            while at < len(data):
-                count = os.preadv(fd, [memoryview(data)[at:]], begin + at)
+            while at < len(buffer):
+                count = os.preadv(fd, [buffer[at:]], begin + at)
                 if not count:
                     break  # truncated meanwhile: the state says so
                 at += count
             check_state(entry, *_state(fd))
-        if at < len(data):
+        if at < len(buffer):
+            end = begin + len(buffer)
             raise SourceError(f"{entry.source.public}: bytes {begin} to {end} are not within its {entry.size}")
-        return data
 
     def _beside(self, source: Source, limit: int) -> bytes | None:
         try:

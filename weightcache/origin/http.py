@@ -27,9 +27,11 @@ from weightcache.origin.base import (
     unwritable,
     version_of,
 )
+from weightcache.origin.plain import PlainClient
 
 if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession
+    from aiohttp import ClientSession
+    from yarl import URL
 
 
 class HttpOrigin:
@@ -38,6 +40,7 @@ class HttpOrigin:
     def __init__(self, config: OriginConfig, admit: Callable[[Source], None]) -> None:
         self._timeout = config.timeout
         self._admit = admit
+        self._plain = PlainClient(config.timeout, config.streams)
         self._session: ClientSession | None = None
 
     async def resolve(self, source: Source) -> Snapshot:
@@ -61,14 +64,15 @@ class HttpOrigin:
                 raise refused(source, response.status, retry_after=web.retry_after(response))
             return one_file(source, _entry(source, web.read_answer(source, response), ranged=False))
 
-    async def read(self, entry: FileEntry, begin: int, end: int) -> Buffer:
+    async def read(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
+        end = begin + len(buffer)
         headers = {"Range": f"bytes={begin}-{end - 1}", **_condition(entry)}
         async with self._get(entry.source, headers) as response:
             answer = _checked(entry, response)
             if (answer.begin, answer.end) != (begin, end):
                 got = f"bytes {answer.begin} to {answer.end}"
                 raise SourceError(f"{entry.source.public}: asked for bytes {begin} to {end}, its server answers {got}")
-            return await web.fill(entry.source, response, 0, end - begin, allowance(self._timeout, end - begin))
+            await web.fill(entry.source, response, 0, buffer, allowance(self._timeout, len(buffer)))
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         async with self._get(entry.source, _condition(entry)) as response:
@@ -90,30 +94,43 @@ class HttpOrigin:
             size = web.read_answer(source, response).total
             if size > limit:
                 raise too_long(source, limit)
-            return bytes(await web.fill(source, response, 0, size, allowance(self._timeout, size)))
+            data = bytearray(size)
+            await web.fill(source, response, 0, memoryview(data), allowance(self._timeout, size))
+            return bytes(data)
 
     async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
         raise unwritable(entry, "nothing can be written to a web server")
 
     async def close(self) -> None:
+        self._plain.close()
         if self._session:
             await self._session.close()
 
     @asynccontextmanager
-    async def _get(self, source: Source, headers: dict[str, str]) -> AsyncIterator[ClientResponse]:
+    async def _get(self, source: Source, headers: dict[str, str]) -> AsyncIterator[web.Reply]:
         from yarl import URL
 
-        if self._session is None:
-            self._session = web.open_session(self._timeout)
         url = URL(str(source), encoded=True)
         for _ in range(web.MAX_REDIRECTS + 1):
-            async with web.ask(self._session, source, "GET", url, headers) as response:
+            async with self._ask(source, url, headers) as response:
                 if response.status not in web.REDIRECTS:
                     yield response
                     return
                 url = web.redirect(source, url, response)
             self._admit(parse_source(str(url)))
         raise SourceError(f"{source.public}: redirected more than {web.MAX_REDIRECTS} times")
+
+    @asynccontextmanager
+    async def _ask(self, source: Source, url: URL, headers: dict[str, str]) -> AsyncIterator[web.Reply]:
+        if url.scheme == "http" and web.proxy_for(url) is None:
+            with web.errors(source):
+                async with self._plain.get(url, headers | web.HEADERS) as reply:
+                    yield reply
+            return
+        if self._session is None:
+            self._session = web.open_session(self._timeout)
+        async with web.ask(self._session, source, "GET", url, headers) as response:
+            yield response
 
 
 def _entry(source: Source, answer: web.Answer, *, ranged: bool) -> FileEntry:
@@ -132,7 +149,7 @@ def _condition(entry: FileEntry) -> dict[str, str]:
     return {}
 
 
-def _checked(entry: FileEntry, response: ClientResponse) -> web.Answer:
+def _checked(entry: FileEntry, response: web.Reply) -> web.Answer:
     """The claims of an answer to a conditional GET; SourceChanged when they are not of the resolved version."""
     if response.status == 412:
         raise changed(entry, "something else")

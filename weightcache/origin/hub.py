@@ -41,7 +41,7 @@ from weightcache.origin.base import (
 )
 
 if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession
+    from aiohttp import ClientSession
     from yarl import URL
 
 ADDRESSES = 4096  # kept at most
@@ -79,7 +79,8 @@ class HubOrigin:
         folder = folder_name(source)
         return Snapshot(source, folder, commit, tuple(files), time.time(), immutable=pinned, single=bool(named))
 
-    async def read(self, entry: FileEntry, begin: int, end: int) -> Buffer:
+    async def read(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
+        end = begin + len(buffer)
         async with self._get(entry, {"Range": f"bytes={begin}-{end - 1}"}) as (response, answer):
             whole = (answer.begin, answer.end) == (0, entry.size)
             # The hub may answer with all of a small file that lies in git itself; a CDN never should.
@@ -87,7 +88,7 @@ class HubOrigin:
                 got = f"bytes {answer.begin} to {answer.end}"
                 raise SourceError(f"{entry.source.public}: asked for bytes {begin} to {end}, the hub answers {got}")
             time_limit = allowance(self._timeout, answer.end - answer.begin)
-            return await web.fill(entry.source, response, begin - answer.begin, end - begin, time_limit)
+            await web.fill(entry.source, response, begin - answer.begin, buffer, time_limit)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         async with self._get(entry, {}) as (response, answer):
@@ -103,7 +104,10 @@ class HubOrigin:
             return None
         if found.size > limit:
             raise too_long(found.source, limit)
-        return bytes(await self.read(found, 0, found.size)) if found.size else b""
+        data = bytearray(found.size)
+        if data:
+            await self.read(found, 0, memoryview(data))
+        return bytes(data)
 
     async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
         raise unwritable(entry, "nothing is written to a hub: that would be another commit")
@@ -148,7 +152,7 @@ class HubOrigin:
     # -- where its bytes are
 
     @asynccontextmanager
-    async def _get(self, entry: FileEntry, headers: dict[str, str]) -> AsyncIterator[tuple[ClientResponse, web.Answer]]:
+    async def _get(self, entry: FileEntry, headers: dict[str, str]) -> AsyncIterator[tuple[web.Reply, web.Answer]]:
         """A GET at the file's address, whose answer has been held against ``entry``."""
         stale: URL | None = None
         while True:
@@ -192,9 +196,7 @@ class HubOrigin:
         raise SourceError(f"{source.public}: redirected more than {web.MAX_REDIRECTS} times")
 
     @asynccontextmanager
-    async def _ask(
-        self, source: Source, method: str, url: URL, headers: dict[str, str]
-    ) -> AsyncIterator[ClientResponse]:
+    async def _ask(self, source: Source, method: str, url: URL, headers: dict[str, str]) -> AsyncIterator[web.Reply]:
         if self._session is None:
             self._session = web.open_session(self._timeout)
         if not self._is_foreign(url):
@@ -220,13 +222,13 @@ def _entries(source: Source, siblings: list[Any]) -> Iterator[FileEntry]:
         yield FileEntry(path, replace(source, path=path), version, check_size(source, size), digest)
 
 
-def _identity(entry: FileEntry, response: ClientResponse) -> str:
+def _identity(entry: FileEntry, response: web.Reply) -> str:
     """The identity that the hub's own answer states, spelled as a version of the entry's kind."""
     tag = response.headers.get("X-Linked-Etag") or response.headers.get("ETag") or ""
     return f"{entry.version.partition(':')[0]}:{tag.removeprefix('W/').strip(chr(34))}"
 
 
-def _check_resolved(entry: FileEntry, response: ClientResponse) -> None:
+def _check_resolved(entry: FileEntry, response: web.Reply) -> None:
     commit = response.headers.get("X-Repo-Commit", "")
     if commit != entry.source.revision:
         raise changed(entry, f"at commit {commit[:40] or 'unknown'}")
@@ -234,7 +236,7 @@ def _check_resolved(entry: FileEntry, response: ClientResponse) -> None:
     check_state(entry, _identity(entry, response), int(size) if size.isdecimal() else entry.size)
 
 
-def _refused(source: Source, response: ClientResponse) -> WeightcacheError:
+def _refused(source: Source, response: web.Reply) -> WeightcacheError:
     detail = response.headers.get("X-Error-Code", "")
     return refused(source, response.status, detail[:64], web.retry_after(response))
 

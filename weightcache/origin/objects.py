@@ -55,6 +55,8 @@ _ENDPOINTS = {
 }
 _FOREVER = timedelta(days=7)  # obstore's limit on a whole request, which has ours for reads and none for streams
 
+GATHERED = 256 << 10  # bytes that obstore hands over at a time, at least
+
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _KIND = re.compile(r"kind: (Connect|Request|Timeout|Interrupted|Decode)\b")
@@ -85,18 +87,21 @@ class ObjectOrigin:
                 return one_file(source, _entry(source, source.path.rpartition("/")[2], meta, digest))
         return tree(source, _files(source, await self._list(store, source)))
 
-    async def read(self, entry: FileEntry, begin: int, end: int) -> Buffer:
-        length = end - begin
+    async def read(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
+        end, at = begin + len(buffer), 0
         with _errors(entry.source, entry):
-            async with asyncio.timeout(allowance(self._timeout, length)):
+            async with asyncio.timeout(allowance(self._timeout, len(buffer))):
                 result = await self._get(entry, {"range": (begin, end)})
                 if result.range != (begin, end):
                     raise SourceError(f"{entry.source.public}: asked for {(begin, end)}, it answers {result.range}")
-                # The first piece holds all of an honest answer; a longer one is given up after it.
-                data: bytes = await anext(aiter(result.stream(min_chunk_size=length)), b"")
-        if len(data) < length:
-            raise broke_off(entry.source, len(data), length)
-        return data if len(data) == length else memoryview(data)[:length]
+                # In pieces: what obstore collects into one of 8 MiB lies in fresh memory, and twice.
+                async for part in result.stream(min_chunk_size=GATHERED):
+                    fresh = memoryview(part)[: len(buffer) - at]
+                    buffer[at : at + len(fresh)] = fresh
+                    at += len(fresh)
+                    if at == len(buffer):  # more than an honest answer is given up
+                        return
+        raise broke_off(entry.source, at, len(buffer))
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         at = 0

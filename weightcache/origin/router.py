@@ -54,19 +54,19 @@ class Origins:
         self._keep(entry.blob, start)
         return start[:length] if length else None
 
-    async def read(self, entry: FileEntry, begin: int, end: int) -> Buffer:
+    async def read(self, entry: FileEntry, begin: int, end: int) -> memoryview:
         """Bytes [begin, end) of exactly that version, in one buffer; one attempt. What ``head`` kept is not read."""
+        buffer = memoryview(bytearray(end - begin))
+        await self.fill(entry, begin, buffer)
+        return buffer
+
+    async def fill(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
+        """The same into the caller's buffer, which may be written to for a moment still when this does not end well."""
         backend = self._backend(entry.source)
-        start = self._starts.get(entry.blob, b"")
-        if end <= len(start):
-            return memoryview(start)[begin:end]
-        if begin >= len(start):
-            return await backend.read(entry, begin, end)
-        kept = len(start) - begin
-        data = bytearray(end - begin)
-        data[:kept] = memoryview(start)[begin:]
-        data[kept:] = await backend.read(entry, len(start), end)
-        return data
+        start = memoryview(self._starts.get(entry.blob, b""))[begin : begin + len(buffer)]
+        buffer[: len(start)] = start
+        if len(start) < len(buffer):
+            await backend.read(entry, begin + len(start), buffer[len(start) :])
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         """The whole of that version from byte 0, in pieces of at most 1 MiB: for entries that are not ``ranged``."""
@@ -128,7 +128,10 @@ class Origins:
         if length <= len(known):
             return known
         if entry.ranged:
-            return b"".join((known, await backend.read(entry, len(known), length)))
+            data = bytearray(length)
+            data[: len(known)] = known
+            await backend.read(entry, len(known), memoryview(data)[len(known) :])
+            return bytes(data)
         data = bytearray()
         async with aclosing(backend.stream(entry)) as stream:
             async for piece in stream:

@@ -1,6 +1,7 @@
-"""HTTP as plain web servers and the hub need it: one request, its answer's claims, its body in one buffer.
+"""HTTP as web servers and the hub need it: one request, its answer's claims, its body in the caller's buffer.
 
-aiohttp, and not obstore: ETag, Content-Range and status of *every* answer must be seen, redirects included.
+aiohttp, and not obstore: ETag, Content-Range and status of *every* answer must be seen, redirects included. For
+``http://`` origin/plain.py is faster still; both give a Reply.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ import asyncio
 import os
 import re
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from http.client import HTTPException, InvalidURL
+from typing import TYPE_CHECKING, Protocol
 from urllib.request import getproxies, proxy_bypass
 
 from weightcache.core.source import Source
-from weightcache.errors import SourceError
-from weightcache.origin.base import PIECE, broke_off, check_size, pieces, unavailable
+from weightcache.errors import SourceError, WeightcacheError
+from weightcache.origin.base import PIECE, broke_off, check_size, unavailable
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
 
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS = 5
+FLOW = 256 << 10  # bytes of a streamed body at a time: whoever wants its start only is not sent much more
 LONGEST_WAIT = 3600.0  # seconds: no Retry-After is believed beyond
+HEADERS = {"Accept-Encoding": "identity", "User-Agent": "weightcache"}  # bodies arrive as they were stored
 
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
@@ -43,13 +48,47 @@ class Answer:
     modified: datetime | None
 
 
+class Reply(Protocol):
+    """An answer whose head has come. ``headers`` know no upper and lower case."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def content_length(self) -> int | None: ...
+
+    async def take(self, buffer: memoryview) -> int:
+        """The next bytes of the body; fewer than ``buffer`` holds only at its end."""
+        ...
+
+
+class _SessionReply:
+    """aiohttp's."""
+
+    def __init__(self, response: ClientResponse) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.content_length = response.content_length
+        self._content = response.content
+
+    async def take(self, buffer: memoryview) -> int:
+        at = 0
+        while at < len(buffer) and (part := await self._content.read(len(buffer) - at)):
+            buffer[at : at + len(part)] = part
+            at += len(part)
+        return at
+
+
 def open_session(timeout: float) -> ClientSession:
     """A client whose requests fail after ``timeout`` seconds without a byte, and bodies arrive as they were sent."""
     from aiohttp import ClientSession, ClientTimeout, DummyCookieJar
 
     return ClientSession(
         timeout=ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout),
-        headers={"Accept-Encoding": "identity", "User-Agent": "weightcache"},
+        headers=HEADERS,
         auto_decompress=False,
         cookie_jar=DummyCookieJar(),
         read_bufsize=PIECE,
@@ -59,34 +98,41 @@ def open_session(timeout: float) -> ClientSession:
 @asynccontextmanager
 async def ask(
     session: ClientSession, source: Source, method: str, url: URL, headers: dict[str, str]
-) -> AsyncIterator[ClientResponse]:
+) -> AsyncIterator[Reply]:
     """One request, no redirect followed. A body that is not read to its end costs the connection, no more bytes."""
-    # The environment's proxies, but not aiohttp's trust_env: it would send ~/.netrc logins along.
-    proxy = None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
+    proxy = proxy_for(url)
     with errors(source):
         async with session.request(method, url, headers=headers, allow_redirects=False, proxy=proxy) as response:
-            yield response
+            yield _SessionReply(response)
+
+
+def proxy_for(url: URL) -> str | None:
+    """The environment's proxy; not aiohttp's trust_env, which would send ~/.netrc logins along."""
+    return None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
 
 
 @contextmanager
 def errors(source: Source) -> Iterator[None]:
-    """Turn what aiohttp raises into errors that name ``source`` (aiohttp's own texts may hold a signed address)."""
-    from aiohttp import ClientError, ClientSSLError, InvalidURL
-
+    """Turn what the clients raise into errors that name ``source`` (their own texts may hold a signed address)."""
     try:
         yield
     except TimeoutError:
         raise unavailable(source, "no answer within the time limit") from None
-    except (ClientSSLError, ssl.SSLError):
-        raise SourceError(f"{source.public}: no trusted TLS connection; check the host's certificate") from None
-    except InvalidURL:
-        raise SourceError(f"{source.public}: not an address that can be asked") from None
-    except (ClientError, OSError) as error:
+    except WeightcacheError:
+        raise
+    except Exception as error:
+        aiohttp = sys.modules.get("aiohttp")  # who did not need it does not pay for it
+        if isinstance(error, ssl.SSLError) or (aiohttp and isinstance(error, aiohttp.ClientSSLError)):
+            raise SourceError(f"{source.public}: no trusted TLS connection; check the host's certificate") from None
+        if isinstance(error, InvalidURL) or (aiohttp and isinstance(error, aiohttp.InvalidURL)):
+            raise SourceError(f"{source.public}: not an address that can be asked") from None
+        if not isinstance(error, OSError | HTTPException) and not (aiohttp and isinstance(error, aiohttp.ClientError)):
+            raise
         number = error.errno if isinstance(error, OSError) else None
         raise unavailable(source, os.strerror(number) if number else type(error).__name__) from None
 
 
-def redirect(source: Source, url: URL, response: ClientResponse) -> URL:
+def redirect(source: Source, url: URL, response: Reply) -> URL:
     """Where a redirect points to: another web address, and never from https to less."""
     from yarl import URL
 
@@ -102,7 +148,7 @@ def redirect(source: Source, url: URL, response: ClientResponse) -> URL:
     return target
 
 
-def read_answer(source: Source, response: ClientResponse) -> Answer:
+def read_answer(source: Source, response: Reply) -> Answer:
     """The claims of a 200 or 206. Raises SourceError when they are missing or contradict each other."""
     headers = response.headers
     if headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -134,7 +180,7 @@ def http_date(text: str | None) -> datetime | None:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-def retry_after(response: ClientResponse) -> float | None:
+def retry_after(response: Reply) -> float | None:
     """The seconds an answer asks to wait (``Retry-After``: a number or a date), at most LONGEST_WAIT."""
     text = response.headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
@@ -146,33 +192,31 @@ def retry_after(response: ClientResponse) -> float | None:
     return min(max(seconds, 0.0), LONGEST_WAIT)
 
 
-async def fill(source: Source, response: ClientResponse, skip: int, length: int, seconds: float) -> bytearray:
-    """``length`` bytes of a body, after ``skip``, as one buffer; what follows them is not read.
+async def fill(source: Source, response: Reply, skip: int, buffer: memoryview, seconds: float) -> None:
+    """Fill ``buffer`` from a body, after ``skip`` bytes; what follows is not read.
 
     Raises OriginUnavailable when the body ends early, or takes longer than ``seconds``.
     """
-    data = bytearray(length)
-    at = -skip
     with errors(source):
         async with asyncio.timeout(seconds):
-            async for part in response.content.iter_any():
-                fresh = memoryview(part)[max(0, -at) :][: length - max(0, at)]
-                data[max(0, at) : max(0, at) + len(fresh)] = fresh
-                at += len(part)
-                if at >= length:
-                    return data
-    raise broke_off(source, max(0, at), length)
+            if skip:
+                await response.take(memoryview(bytearray(skip)))
+            count = await response.take(buffer)
+    if count < len(buffer):
+        raise broke_off(source, count, len(buffer))
 
 
-async def flow(source: Source, response: ClientResponse, length: int) -> AsyncGenerator[memoryview, None]:
+async def flow(source: Source, response: Reply, length: int) -> AsyncGenerator[memoryview, None]:
     """A body of exactly ``length`` bytes, in pieces of at most PIECE bytes."""
-    at = 0
-    with errors(source):
-        async for part in response.content.iter_any():
-            at += len(part)
-            if at > length:
-                raise SourceError(f"{source.public}: sends more than the {length} bytes it stated")
-            for piece in pieces(part):
-                yield piece
+    at, count = 0, FLOW
+    while count == FLOW:
+        piece = memoryview(bytearray(FLOW))
+        with errors(source):
+            count = await response.take(piece)
+        at += count
+        if at > length:
+            raise SourceError(f"{source.public}: sends more than the {length} bytes it stated")
+        if count:
+            yield piece[:count]
     if at < length:
         raise broke_off(source, at, length)
