@@ -268,6 +268,10 @@ class Config:
         default=None,
         metadata=_about(_optional(_size), "bytes a second fetched from peers at most; default: no cap"),
     )
+    serve_bandwidth: int | None = field(
+        default=None,
+        metadata=_about(_optional(_size), "bytes a second sent to peers at most, all together; default: no cap"),
+    )
     dirty_budget: int | None = field(
         default=None,
         metadata=_about(

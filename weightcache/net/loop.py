@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from collections.abc import Callable
@@ -29,12 +30,14 @@ class Loop:
     """Calls back for what is watched, and every ``tick`` seconds.
 
     ``now`` counts seconds, for deadlines. A round that blocks in a file's read or write advances it by one tick at
-    most: peers are not to be blamed for this host's disk.
+    most: peers are not to be blamed for this host's disk. ``alarm``: the next round begins at this ``time.monotonic()``
+    at the latest.
     """
 
     def __init__(self, channel: Channel, tick: float) -> None:
         self.now = 0.0
         self.tick = tick
+        self.alarm = math.inf
         self._channel = channel
         self._epoll = select.epoll()
         self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}
@@ -71,7 +74,7 @@ class Loop:
         while not self._channel.ended:
             wanted = select.EPOLLIN | (select.EPOLLOUT if self._channel.backlog else 0)
             self.watch(self._channel.fileno(), wanted, on_channel)
-            ready = self._epoll.poll(self.tick)
+            ready = self._epoll.poll(max(0.0, min(self.tick, self.alarm - time.monotonic())))
             now = time.monotonic()
             self.now += min(now - last, self.tick)
             last = now

@@ -7,6 +7,10 @@ round of the loop gives every writable connection one turn: a slow reader holds 
 The node says which blobs there are, each with an open descriptor. A GET for another makes the process ask ("want"),
 once; the connection waits at that request until the node says "blob" or "none", or WANT_SECONDS pass.
 
+Under a bandwidth cap a connection whose turn would pass it waits in line, unwatched, until the cap lets it (``Pace``);
+what takes longer than AHEAD seconds at that rate is refused as busy, so that nobody waits for a host that cannot, and
+takes it for a dead one.
+
 All that peers can make this process hold is bounded: connections; those that have not proved the key (the oldest goes
 first); requests of each (over ``pipeline`` they are refused as busy, over twice that they are not read); blobs asked
 for.
@@ -23,8 +27,10 @@ for.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from errno import EIO
@@ -32,6 +38,7 @@ from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
 
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.manifest import Manifest
+from weightcache.core.pace import Pace
 from weightcache.core.wire import BUSY, MISSING, UNKNOWN, Kind, Link, Port, Role
 from weightcache.errors import DaemonError, ProtocolError
 from weightcache.net.channel import Channel, Message, close_all
@@ -41,6 +48,8 @@ from weightcache.net.sockets import listen, tune
 from weightcache.net.table import read_table
 
 TURN = 1 << 20  # bytes one connection may send before the others have their turn
+TURNS = 200  # a second at least, under a bandwidth cap
+AHEAD = 1.0  # seconds' worth of answers begun at a time, under a bandwidth cap
 WANT_SECONDS = 5.0  # the node's time to answer "want"
 _MAX_WANTED = 256  # blobs asked of the node at a time
 _ACCEPTS = 64  # new connections in one round
@@ -60,6 +69,7 @@ class SenderConfig:
     pipeline: int = 16  # requests of one connection
     handshake: float = DEADLINE
     stall: float = 30.0  # who takes no byte of an answer for so long is cut off
+    bandwidth: int | None = None  # bytes of blobs a second, to all peers together
 
 
 class Blob:
@@ -138,10 +148,15 @@ class Sender:
         self._uploads: set[Upload] = set()  # the others
         self._sent: dict[bytes, int] = {}
         self._counted = 0
+        self._pace = Pace(config.bandwidth)
+        self._turn = TURN if config.bandwidth is None else max(4096, min(TURN, config.bandwidth // TURNS))
+        self._ahead = math.inf if config.bandwidth is None else AHEAD * config.bandwidth
+        self._due = 0  # bytes of the answers that have begun
+        self._waiting: dict[Upload, None] = {}  # for the cap, in order
 
     def run(self) -> None:
         self._accept_more()
-        self._loop.run(self._on_message, self._on_tick, lambda: None)
+        self._loop.run(self._on_message, self._on_tick, self._resume)
 
     # The node
 
@@ -202,7 +217,8 @@ class Sender:
             if now < deadline:
                 break
             self._close(upload)
-        for upload in [u for u in self._uploads if u.answering and now - u.moved_at > self._config.stall]:
+        stalled = [u for u in self._uploads if u.answering and now - u.moved_at > self._config.stall]
+        for upload in [u for u in stalled if u not in self._waiting]:
             self._close(upload)
         for name in [name for name, deadline in self._wanted.items() if now > deadline]:
             self._settle(name, BUSY)
@@ -275,13 +291,28 @@ class Sender:
         self._read_requests(upload)
 
     def _pump(self, upload: Upload) -> None:
-        """Send up to TURN bytes of answers."""
-        budget = TURN
+        """Send up to a turn's bytes of answers."""
+        if upload in self._waiting:
+            return
+        budget, now = self._turn, time.monotonic()
         try:
             while budget > 0 and (upload.answering or self._begin_answer(upload)):
-                budget -= self._send_some(upload, budget)
+                if upload.blob is not None and not self._pace.open(now):
+                    self._waiting[upload] = None
+                    return
+                budget -= self._send_some(upload, budget, now)
         except BlockingIOError:
             pass
+
+    def _resume(self) -> None:
+        """Give those that wait for the cap their turns, in order, as far as it lets them."""
+        now = time.monotonic()
+        while self._waiting and self._pace.open(now):
+            upload = next(iter(self._waiting))
+            del self._waiting[upload]
+            upload.moved_at = self._loop.now
+            self._guarded(upload, 0)
+        self._loop.alarm = self._pace.opens_at(now) if self._waiting else math.inf
 
     def _begin_answer(self, upload: Upload) -> bool:
         """Make the next answer ready; False when there is nothing to answer, or not yet."""
@@ -299,11 +330,14 @@ class Sender:
         upload.moved_at = self._loop.now
         if blob is not None and not request.refusal:
             chunk = blob.manifest.id(request.index) if request.index in blob.had else None
-            if chunk is not None:
+            if chunk is not None and self._due > self._ahead:
+                request.refusal = BUSY
+            elif chunk is not None:
                 upload.offset, length = blob.manifest.plan.span(request.index)
                 upload.frame = upload.link.send(Kind.DATA, request.number, length, chunk)
                 upload.index, upload.blob = request.index, blob
                 blob.sending += 1
+                self._due += length
                 return True
         reason = request.refusal or MISSING
         # Jitter, so that those who were refused together do not come back together.
@@ -328,7 +362,7 @@ class Sender:
                     refusal = BUSY
             upload.asked.append(Request(number, name, index, refusal))
 
-    def _send_some(self, upload: Upload, most: int) -> int:
+    def _send_some(self, upload: Upload, most: int, now: float) -> int:
         """Send what the socket takes of the current answer; raises BlockingIOError when that is nothing."""
         blob = upload.blob
         if upload.frame:
@@ -338,6 +372,8 @@ class Sender:
             count = self._send_file(upload, blob, min(most, upload.link.bytes_left))
             upload.offset += count
             upload.link.moved(count)
+            self._due -= count
+            self._pace.spend(count, now)
             peer = upload.handshake.peer_id
             self._sent[peer] = self._sent.get(peer, 0) + count
             if not upload.link.bytes_left:
@@ -361,12 +397,13 @@ class Sender:
         """The connection no longer needs the blob it was sending."""
         blob, upload.blob = upload.blob, None
         if blob is not None:
+            self._due -= upload.link.bytes_left
             blob.sending -= 1
             self._close_unused(blob)
 
     def _watch(self, upload: Upload) -> None:
         room = len(upload.asked) < 2 * self._config.pipeline
-        sendable = upload.answering or (upload.asked and not upload.awaits)
+        sendable = (upload.answering or (upload.asked and not upload.awaits)) and upload not in self._waiting
         events = (EPOLLIN if room else 0) | (EPOLLOUT if sendable else 0)
         self._loop.watch(upload.sock.fileno(), events, lambda events: self._guarded(upload, events))
 
@@ -374,5 +411,6 @@ class Sender:
         self._finish(upload)
         self._pending.pop(upload, None)
         self._uploads.discard(upload)
+        self._waiting.pop(upload, None)
         self._loop.forget(upload.sock.fileno())
         upload.sock.close()

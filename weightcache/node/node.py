@@ -81,7 +81,7 @@ class Node:
         self.resolver = Resolver(
             self.store, self.swarm, self._calls, self.trust, self._teacher, policy.admit, config.fresh
         )
-        self.serving = Serving(self.store, dict(settings))
+        self.serving = Serving(self.store, settings | {"bandwidth": config.serve_bandwidth})
         self.upkeep = Upkeep(self.store, self.blobs, self.transfers, self.serving, self.swarm, self._teacher)
         try:
             await self._join(parse_address(config.listen), key)
