@@ -57,6 +57,35 @@ def serve(peer: Talker, data: bytes = DATA, name: bytes = ID) -> None:
     peer.link.moved(len(data))
 
 
+def test_small_chunks_are_told_together_and_none_waits_for_what_is_still_due(
+    server: socket.socket, target: Path
+) -> None:
+    with Receiver() as receiver:
+        aim(receiver, server.getsockname()[1], target)
+        ask(receiver, *range(8))
+        with Talker.accept(server) as peer:
+            for _ in range(7):
+                serve(peer)
+            told: list[list[list[Any]]] = []
+            while sum(map(len, told)) < 7:  # though the eighth never comes
+                told.append(receiver.message("got").fields[1])
+            assert [row[0] for rows in told for row in rows] == list(range(7))
+            serve(peer)
+            assert [row[0] for row in receiver.message("got").fields[1]] == [7]
+        ask(receiver, *range(10, 18))
+        with Talker.accept(server) as peer:
+            answers = b""
+            for _ in range(8):
+                number = peer.frame().fields[0]
+                answers += peer.link.send(Kind.DATA, number, len(DATA), ID) + DATA
+                peer.link.moved(len(DATA))
+            peer.sock.sendall(answers)
+            rows, messages = 0, 0
+            while rows < 8:
+                rows, messages = rows + len(receiver.message("got").fields[1]), messages + 1
+            assert messages < 8
+
+
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("known", [True, False])
 def test_a_blob_arrives_from_a_real_sender(tmp_path: Path, target: Path, streams: int, known: bool) -> None:

@@ -78,8 +78,10 @@ class Channel:
         while self._queue:
             data, fds = self._queue[0]
             try:
-                if not self.ended:
+                if not self.ended and fds:
                     socket.send_fds(self._socket, [data], fds)
+                elif not self.ended:
+                    self._socket.send(data)
             except BlockingIOError:
                 return
             except OSError:

@@ -29,6 +29,7 @@ says so), disk.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -56,6 +57,9 @@ from weightcache.net.sockets import tune
 LOW_WATER = 512 << 10
 PIECE = 1 << 20  # bytes taken from one connection in one turn, and hashed together
 _SPARE_BUFFERS = 4  # kept for the next chunks
+# Answers are told when they are HELD bytes, or HELD_SECONDS old, or nothing else is due: each message costs the node a
+# turn, a commit and news to everyone, which for small chunks is more than the chunk itself.
+HELD, HELD_SECONDS = CHUNK, 0.003
 _BATCH = 500  # answers in one message to the node
 _DETAIL = 200  # characters of a failure's detail
 
@@ -173,6 +177,7 @@ class Receiver:
         self._fetches: dict[int, Fetch] = {}  # by number, until answered or cancelled
         self._buffers: list[memoryview] = []
         self._got: list[list[Any]] = []
+        self._held = 0  # bytes of them
         self._failed: list[list[Any]] = []
 
     def run(self) -> None:
@@ -235,7 +240,11 @@ class Receiver:
             self._failed.append([fetch.number, kind, detail[:_DETAIL], wait_ms])
 
     def _report(self) -> None:
-        """Tell the node what this round brought, in as few messages as hold it."""
+        """Tell the node what there is to tell, in as few messages as hold it."""
+        late = time.monotonic() >= self._loop.alarm
+        if not self._failed and self._fetches and self._held < HELD and not late:
+            return
+        self._held, self._loop.alarm = 0, math.inf
         for kind, answers in (("got", self._got), ("failed", self._failed)):
             for begin in range(0, len(answers), _BATCH):
                 self._channel.send(kind, answers[begin : begin + _BATCH])
@@ -363,7 +372,11 @@ class Receiver:
             self._fail(fetch, "disk", error.strerror or str(error))
         else:
             del self._fetches[fetch.number]
-            seconds = time.monotonic() - fetch.asked_at
+            now = time.monotonic()
+            if not self._got:
+                self._loop.alarm = now + HELD_SECONDS
+            self._held += fetch.length
+            seconds = now - fetch.asked_at
             self._got.append([fetch.number, chunk, check, fetch.length, seconds, spent.hashing, spent.writing])
 
     def _release(self, arrival: Arrival) -> None:

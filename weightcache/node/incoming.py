@@ -7,8 +7,10 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from weightcache.core.bitmap import ChunkSet
+from weightcache.core.events import Via, Where
 from weightcache.core.ids import short
 from weightcache.core.manifest import Manifest
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
@@ -25,6 +27,19 @@ COMING = ("origin", "peers", "local")  # where chunks come from
 
 Heard = Callable[[int, int], None]  # of bytes [begin, end) that are had now
 Shared = dict[bytes, dict[int, Place]]  # peer -> chunk of one blob -> the same chunk in another blob of that peer
+
+
+class Landed(NamedTuple):
+    """A chunk that a bulk process has hashed, compared and written, ``seconds`` after it was asked for."""
+
+    request: int
+    via: Where
+    name: bytes
+    check: bytes
+    length: int
+    seconds: float
+    hashing: float
+    writing: float
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +71,22 @@ class Incoming:
     @property
     def blob(self) -> bytes:
         return self.manifest.blob
+
+    def take(self, chunk: int, row: Landed) -> bool:
+        """A chunk is had from now on. Whether it was before, by an id that the origin has now confirmed."""
+        known = self.manifest.id(chunk) is not None
+        if isinstance(row.via, bytes) and not known:
+            self.claims.add(row.via)
+        again = chunk in self.borrowed
+        if row.via is Via.ORIGIN:
+            self.borrowed.discard(chunk)
+        elif known:
+            self.borrowed.add(chunk)
+        self.manifest.learn(chunk, row.name, row.check)
+        self.had.add(chunk)
+        now = time.monotonic()  # the bulk processes' clock
+        self.spans["peers" if isinstance(row.via, bytes) else row.via.value].add(now - row.seconds, now)
+        return again
 
     def found(self, name: bytes, place: Place) -> list[int]:
         """A chunk with this id has come to ``place`` on this disk; the missing chunks that can be copied from there."""

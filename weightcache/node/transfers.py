@@ -12,8 +12,7 @@ import contextlib
 import logging
 import os
 import secrets
-import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +52,7 @@ from weightcache.core.snapshot import FileEntry
 from weightcache.errors import BlobCorrupt, WeightcacheError, from_wire, to_wire
 from weightcache.log import fields
 from weightcache.node.disown import Disowning
-from weightcache.node.incoming import Incoming, Shared, one_file
+from weightcache.node.incoming import Incoming, Landed, Shared, one_file
 from weightcache.node.kin import SOON, SOON_SECONDS, Kin
 from weightcache.node.processes import BulkProcess
 from weightcache.node.report import Tally
@@ -334,7 +333,8 @@ class Transfers:
         """A message of a bulk process; whether it was about a request."""
         match message:
             case ["got", rows]:
-                events: list[Event] = []
+                repeated: list[Event] = []
+                landed: dict[int, dict[int, Landed]] = {}  # by handle and chunk
                 for row in rows:
                     # the receiver's requests have one chunk each and do not repeat which
                     request, index, name, check, length, *spent = row if role == "origin" else [row[0], None, *row[1:]]
@@ -345,8 +345,13 @@ class Transfers:
                         left.discard(chunk)
                         if not left:
                             del self._requests[request]
-                        events += self._landed(coming, fetch, chunk, name, check, length, *spent)
-                self._feed(*events)
+                        fresh = landed.setdefault(coming.handle, {})
+                        if chunk in coming.had or chunk in fresh:
+                            repeated.append(Got(request, chunk))
+                        else:
+                            fresh[chunk] = Landed(request, fetch.via, name, check, length, *spent)
+                events = [event for handle, fresh in landed.items() for event in self._landed(handle, fresh)]
+                self._feed(*events, *repeated)
             case ["failed", rows]:
                 for request, kind, detail, wait, *error in rows:
                     self._disowning.ended(request)
@@ -356,42 +361,35 @@ class Transfers:
                 return False
         return True
 
-    def _landed(
-        self, coming: Incoming, fetch: Fetch, chunk: int, name: bytes, check: bytes, length: int,
-        seconds: float, hashing: float, writing: float,
-    ) -> list[Event]:  # fmt: skip
-        """A chunk is written: record that it is had, and tell. What comes of it for the planner.
-
-        It came ``seconds`` after it was asked for; ``hashing`` and ``writing`` are seconds, too.
-        """
-        if chunk in coming.had:
-            return [Got(fetch.request, chunk)]
+    def _landed(self, handle: int, fresh: dict[int, Landed]) -> Iterator[Event]:
+        """Chunks are written: record that they are had, in one go, and tell. What comes of it for the planner."""
+        coming = self._handles[handle]
         try:
-            self._store.record(coming.blob, [(chunk, name, check)])
+            self._store.record(coming.blob, [(chunk, row.name, row.check) for chunk, row in fresh.items()])
         except WeightcacheError as error:
+            if len(fresh) > 1:  # which of them is it?
+                for chunk, row in fresh.items():
+                    yield from self._landed(handle, {chunk: row})
+                return
             kind, message = to_wire(error)
-            return [Failed(fetch.request, Kind.FATAL, f"{coming.entry.path}: {message}", error=kind)]
-        via, known = fetch.via, coming.manifest.id(chunk) is not None
-        if isinstance(via, bytes) and not known:
-            coming.claims.add(via)
-        again = chunk in coming.borrowed  # and so the origin has confirmed it
-        if via is Via.ORIGIN:
-            coming.borrowed.discard(chunk)
-        elif known:
-            coming.borrowed.add(chunk)
-        coming.manifest.learn(chunk, name, check)
-        coming.had.add(chunk)
-        where = self._name(via) if isinstance(via, bytes) else via
+            for row in fresh.values():
+                yield Failed(row.request, Kind.FATAL, f"{coming.entry.path}: {message}", error=kind)
+            return
+        for chunk, row in fresh.items():
+            self._had_now(coming, chunk, row)
+            yield Got(row.request, chunk)
+            yield from self._kin.landed(row.name, (coming.blob, chunk))
+
+    def _had_now(self, coming: Incoming, chunk: int, row: Landed) -> None:
+        again = coming.take(chunk, row)
+        where = self._name(row.via) if isinstance(row.via, bytes) else row.via
         for tally in (coming.tally, self.moved):
-            tally.count(where, length, hashing, writing)
-        now = time.monotonic()  # the bulk processes' clock
-        coming.spans["peers" if isinstance(via, bytes) else via.value].add(now - seconds, now)
-        begin, _ = coming.manifest.plan.span(chunk)
+            tally.count(where, row.length, row.hashing, row.writing)
+        begin, length = coming.manifest.plan.span(chunk)
         self._flusher.landed(coming.writer, begin, length)
         for listener in coming.listeners if not again else ():
             listener(begin, begin + length)
-        self._had(coming, chunk, name)
-        return [Got(fetch.request, chunk), *self._kin.landed(name, (coming.blob, chunk))]
+        self._had(coming, chunk, row.name)
 
     def _failed(self, request: int, kind: str, detail: str, wait: float = 0.0, error: str = "StoreError") -> None:
         if request not in self._requests:

@@ -78,7 +78,8 @@ class Flusher:
                 self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
                 self._thread.start()
             self._set_full()
-            self._work.notify()
+            if self._awake():
+                self._work.notify()
 
     def ended(self, landing: Landing) -> None:
         """A blob has come, or will not: write out all there is, so that it can be evicted. Quick."""
@@ -87,6 +88,10 @@ class Flusher:
             landing.close_unused()
             self._due = self._ranges
             self._work.notify()
+
+    def _awake(self) -> bool:
+        """Whether the thread has something to do."""
+        return self._closed or self._due > 0 or self.dirty > self._budget // 4
 
     def _set_full(self) -> None:
         full = self.dirty >= self._budget or (self.full and self.dirty > self._budget // 2)
@@ -97,7 +102,7 @@ class Flusher:
     def _run(self) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._closed or self._due or self.dirty > self._budget // 4)
+                self._work.wait_for(self._awake)
                 if self._closed:
                     return
                 fresh = list(self._queue)
