@@ -30,6 +30,7 @@ says so), disk.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import socket
 import time
@@ -175,7 +176,9 @@ class Receiver:
         self._peers: dict[bytes, Peer] = {}
         self._handles: dict[int, int] = {}  # handle -> descriptor
         self._fetches: dict[int, Fetch] = {}  # by number, until answered or cancelled
-        self._buffers: list[memoryview] = []
+        # Touched page by page, before anybody waits: on a virtual machine each may have to be fetched from below.
+        self._buffers = [memoryview(bytearray(CHUNK))]
+        self._buffers[0][:: mmap.PAGESIZE] = bytes(len(self._buffers[0][:: mmap.PAGESIZE]))
         self._got: list[list[Any]] = []
         self._held = 0  # bytes of them
         self._failed: list[list[Any]] = []
