@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 
 from blake3 import blake3
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_128
 
 CHUNK = 8 << 20
 PIECE = 1 << 20
@@ -76,17 +76,20 @@ def receive(host: str, port: int, size: int, way: Way) -> None:
 
 
 def _land(connection: socket.socket, target: int, offset: int, chunk: memoryview, way: Way) -> None:
-    hasher, got = blake3(), 0
+    hasher, care, got = blake3(), xxh3_128(), 0
     while got < len(chunk):
         count = _take(connection, chunk[got:], way)
         if way.pieces and way.blake3:
             hasher.update(chunk[got : got + count])
+        if way.pieces and way.xxh3:
+            care.update(chunk[got : got + count])
         got += count
     if way.blake3 and not way.pieces:
         hasher.update(chunk)
     hasher.digest()
-    if way.xxh3:
-        xxh3_128_digest(chunk)
+    if way.xxh3 and not way.pieces:
+        care.update(chunk)
+    care.digest()
     os.pwrite(target, chunk, offset)
 
 

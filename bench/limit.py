@@ -1,4 +1,4 @@
-"""The limit as a contender: the two processes of bench/bare.py."""
+"""The limit as a contender: the two processes of bench/bare.py, in the way that is fastest on this machine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,38 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.bare import Way
-from bench.rounds import Contender
+from bench.hosts import MB, write_random
+from bench.rounds import Contender, Tally, take_turns
+from bench.run import Run
 from bench.standing import Standing
+
+WAYS = {
+    "mapping": Way(),
+    "sendfile": Way(sendfile=True),
+    "sendfile, low water": Way(sendfile=True, low_water=True),
+    "sendfile, pieces": Way(sendfile=True, pieces=True),
+    "sendfile, pieces, low water": Way(sendfile=True, pieces=True, low_water=True),
+}
+_fastest: dict[int, Way] = {}  # by filesystem
+
+
+def fastest(run: Run) -> Way:
+    """The way that won a few turns in this folder; the same for all tables of one run. A quick run does not ask."""
+    if run.quick:
+        return Way(sendfile=True)
+    place = os.stat(run.folder).st_dev
+    if place not in _fastest:
+        path = write_random(run.folder / "ways", 200 * MB)
+        with contextlib.ExitStack() as stack:
+            contenders = [stack.enter_context(limit(path, run.folder, way, name)) for name, way in WAYS.items()]
+            tallies = take_turns(contenders, Run(run.folder, rounds=3))
+
+        def seconds(tally: Tally) -> float:
+            return min((turn.seconds for turn in tally.turns), default=float("inf"))
+
+        _fastest[place] = min(zip(WAYS.values(), tallies, strict=True), key=lambda pair: seconds(pair[1]))[0]
+        path.unlink()
+    return _fastest[place]
 
 
 @contextlib.contextmanager
@@ -42,5 +72,5 @@ def limit(
                 reserve,
                 sender.pids,
                 receiver.pids,
-                "" if way.sendfile else "the sender's memory is the mapped file",
+                f"its way: {way}" + ("" if way.sendfile else "; the sender's memory is the mapped file"),
             )

@@ -95,7 +95,7 @@ def _compare(run: Run, stack: contextlib.ExitStack) -> Table:
     far = Placed(run.folder / "b", THERE, *options, f"--peer={sending.daemon.address}", prefix=inside)
     receiving = enter(connected_host(far, [sending.daemon.address]))
     contenders = [
-        enter(limit(path, run.folder, Way(), host=HERE, prefixes=((), inside))),
+        enter(limit(path, run.folder, Way(sendfile=True), host=HERE, prefixes=((), inside))),
         pulling("weightcache", source, size, receiving, [sending]),
     ]
     return rounds.compare("link", f"{TITLE}, {size / MB:.0f} MB", ABOUT, contenders, run)

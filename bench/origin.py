@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from bench import rivals, rounds
-from bench.bare import Way
 from bench.hosts import MB, Host, host, nginx, write_random
-from bench.limit import limit
+from bench.limit import fastest, limit
 from bench.rounds import Contender, timed
 from bench.run import Run
 from bench.table import Table, at_least
@@ -32,7 +31,7 @@ def origin(run: Run) -> Table:
         env = s3.env() | {"AWS_ENDPOINT_URL": s3.direct}
         daemon = enter(host(run.folder / "a", env=env | {"AWS_ALLOW_HTTP": "true"}))
         contenders = [
-            enter(limit(path, run.folder, Way())),
+            enter(limit(path, run.folder, fastest(run))),
             reading("S3 -> weightcache", f"s3://{BUCKET}/{KEY}", size, daemon, [s3.pid]),
             *rivals.s3(BUCKET, KEY, run.folder, size, [s3.pid], env),
             enter(rivals.runai(BUCKET, KEY, size, [s3.pid], env)),
@@ -46,8 +45,8 @@ def origin(run: Run) -> Table:
         others = [
             row for row in table.rows if row.name.startswith(kind) and "weightcache" not in row.name and row.values
         ]
-        fastest = max(others, key=lambda row: row.values["speed"], default=None)
-        name = fastest.name if fastest is not None else "the fastest other"
+        best = max(others, key=lambda row: row.values["speed"], default=None)
+        name = best.name if best is not None else "the fastest other"
         table.expect(at_least(1, f"times the fastest, {name}"), f"{kind} -> weightcache", "speed", name)
     return table
 

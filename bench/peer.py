@@ -1,16 +1,16 @@
-"""One host's blob to another host, on this machine's loopback."""
+"""One host's blob to another host, on this machine's loopback. With ``--dir /dev/shm`` their stores are in memory."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from bench import rivals, rounds
-from bench.bare import Way
 from bench.hosts import MB, Host, holder, host, nginx, pulling, write_random
-from bench.limit import limit
+from bench.limit import fastest, limit
 from bench.rounds import Contender, timed
 from bench.run import Run
 from bench.table import Table, at_least, at_most
@@ -58,8 +58,8 @@ def peer(run: Run) -> Table:
         sending = enter(holder(Daemon(run.folder / "a"), [source]))
         receiving = enter(host(run.folder / "b", peers=[sending]))
         contenders = [
-            enter(limit(path, run.folder, Way())),
-            enter(limit(path, run.folder, Way(xxh3=True), "limit, and xxh3")),
+            enter(limit(path, run.folder, fastest(run))),
+            enter(limit(path, run.folder, replace(fastest(run), xxh3=True), "limit, and xxh3")),
             pulling(OURS, source, size, receiving, [sending]),
             enter(first_pull(run.folder / "c", source, size, sending)),
             *rivals.web(source, run.folder, size, nginx_pids),
@@ -85,7 +85,7 @@ def two_peers(run: Run) -> Table:
         one = enter(host(run.folder / "c", peers=[first]))
         two = enter(host(run.folder / "d", peers=[first, second]))
         contenders = [
-            enter(limit(path, run.folder, Way())),
+            enter(limit(path, run.folder, fastest(run))),
             pulling("weightcache, one peer", source, size, one, [first]),
             pulling("weightcache, two peers", source, size, two, [first, second]),
         ]

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import rounds
-from bench.bare import Way
 from bench.hosts import holder, host, nginx, pulling, write_random
-from bench.limit import limit
+from bench.limit import fastest, limit
 from bench.run import Run
 from bench.standing import ROOT
 from bench.table import Table, at_least
@@ -49,7 +48,7 @@ def small(run: Run) -> Table:
         served = enter(host(folder / "d", peers=[sending], known=holding))
         path = folder / "small.safetensors"
         contenders = [
-            enter(limit(path, folder, Way())),
+            enter(limit(path, folder, fastest(run))),
             pulling(LARGE, large, count * MIB, alone, [sending]),
             pulling(f"{count:,} x 1 MiB, one peer", tensors, size, alone, [sending]),
             pulling(f"{count:,} x 1 MiB, {CROWD} listen", tensors, size, watched, [sending, watch_pid]),
