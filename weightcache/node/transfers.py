@@ -334,7 +334,7 @@ class Transfers:
         match message:
             case ["got", rows]:
                 repeated: list[Event] = []
-                landed: dict[int, dict[int, Landed]] = {}  # by handle and chunk
+                landed: dict[bytes, dict[int, Landed]] = {}  # by blob and chunk
                 for row in rows:
                     # the receiver's requests have one chunk each and do not repeat which
                     request, index, name, check, length, *spent = row if role == "origin" else [row[0], None, *row[1:]]
@@ -345,12 +345,12 @@ class Transfers:
                         left.discard(chunk)
                         if not left:
                             del self._requests[request]
-                        fresh = landed.setdefault(coming.handle, {})
+                        fresh = landed.setdefault(coming.blob, {})
                         if chunk in coming.had or chunk in fresh:
                             repeated.append(Got(request, chunk))
                         else:
                             fresh[chunk] = Landed(request, fetch.via, name, check, length, *spent)
-                events = [event for handle, fresh in landed.items() for event in self._landed(handle, fresh)]
+                events = [event for blob, fresh in landed.items() for event in self._landed(blob, fresh)]
                 self._feed(*events, *repeated)
             case ["failed", rows]:
                 for request, kind, detail, wait, *error in rows:
@@ -361,15 +361,15 @@ class Transfers:
                 return False
         return True
 
-    def _landed(self, handle: int, fresh: dict[int, Landed]) -> Iterator[Event]:
+    def _landed(self, blob: bytes, fresh: dict[int, Landed]) -> Iterator[Event]:
         """Chunks are written: record that they are had, in one go, and tell. What comes of it for the planner."""
-        coming = self._handles[handle]
+        coming = self._incoming[blob]
         try:
             self._store.record(coming.blob, [(chunk, row.name, row.check) for chunk, row in fresh.items()])
         except WeightcacheError as error:
             if len(fresh) > 1:  # which of them is it?
                 for chunk, row in fresh.items():
-                    yield from self._landed(handle, {chunk: row})
+                    yield from self._landed(blob, {chunk: row})
                 return
             kind, message = to_wire(error)
             for row in fresh.values():
