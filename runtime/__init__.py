@@ -3,7 +3,8 @@
 ``load_file``, ``safe_open``, ``load_model`` and ``load`` stand in for those of safetensors. They take a path or any
 source (``s3://``, ``hf://``, ...), and give tensors over the cached file itself, each as soon as its bytes are there.
 ``snapshot_download`` stands in for that of huggingface_hub. ``install`` makes safetensors itself, and the
-``from_pretrained`` of diffusers and transformers, take sources: their callers change nothing.
+``from_pretrained`` of diffusers and transformers, take sources: their callers change nothing. ``stream_file`` and
+``stream_snapshot`` give tensors on a device as they land, in memory of their own; each such load has a ``LoadReport``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from weightcache.runtime.download import snapshot_download
     from weightcache.runtime.installing import install, installed, uninstall
     from weightcache.runtime.loader import load, load_file, load_model, safe_open
+    from weightcache.runtime.report import LoadReport
+    from weightcache.runtime.stream import stream_file, stream_snapshot
 
 __all__ = [
+    "LoadReport",
     "install",
     "installed",
     "load",
@@ -24,6 +28,8 @@ __all__ = [
     "load_model",
     "safe_open",
     "snapshot_download",
+    "stream_file",
+    "stream_snapshot",
     "uninstall",
 ]
 
@@ -37,6 +43,9 @@ _HOMES = {
     "load_model": "loader",
     "safe_open": "loader",
     "snapshot_download": "download",
+    "LoadReport": "report",
+    "stream_file": "stream",
+    "stream_snapshot": "stream",
 }
 
 

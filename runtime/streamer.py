@@ -21,6 +21,7 @@ is closed; they hold no buffer and touch nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import threading
@@ -336,21 +337,59 @@ class _Run:
 
     def _fill(self, block: _Block, places: list[list[torch.Tensor]], lane: str) -> None:
         """Read the block's bytes into host memory."""
-        began = time.perf_counter()
         for read, into in zip(block.reads, places, strict=True):
-            _read(block.fd, [part.numpy() for part in into], read.begin, block.file.path)
-        self._report.spend("read", began, time.perf_counter(), block.size, lane)
+            reading = _Reading(block.fd, [part.numpy() for part in into], read.begin, block.file.path)
+            began = time.perf_counter()
+            hot = reading.cached()
+            read_at = time.perf_counter()
+            if hot:
+                self._report.spend("read", began, read_at, hot, lane)
+            if reading.into:
+                cold = reading.rest()
+                self._report.spend("disk", read_at, time.perf_counter(), cold, lane)
 
 
-def _read(fd: int, into: list[Any], at: int, path: str) -> None:
-    """Fill ``into`` with what follows offset ``at``. Raises FormatError when the file ends before."""
-    while into:
-        got = os.preadv(fd, into, at)
-        if not got:
-            raise FormatError(f"{path}: it ends at byte {at}, before its tensors do: it was truncated while open")
-        at += got
-        while into and got >= into[0].nbytes:
-            got -= into[0].nbytes
-            del into[0]
-        if got:
-            into[0] = into[0][got:]
+class _Reading:
+    """Fills ``into`` with what follows offset ``at`` of a file."""
+
+    def __init__(self, fd: int, into: list[Any], at: int, path: str) -> None:
+        self.into = into
+        self._fd = fd
+        self._at = at
+        self._path = path
+
+    def cached(self) -> int:
+        """Read what the page cache has, and say how much; what it has not is left.
+
+        The kernel itself tells: ``mincore``, which answers the same, lies under some cgroups.
+        """
+        try:
+            return self._read(os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # a filesystem that cannot tell: in memory, or far away
+                raise
+            return self.rest()
+
+    def rest(self) -> int:
+        """Read all that is left. Raises FormatError when the file ends before."""
+        total = 0
+        while self.into:
+            got = self._read(0)
+            if not got:
+                raise FormatError(
+                    f"{self._path}: it ends at byte {self._at}, before its tensors do: it was truncated while open"
+                )
+            total += got
+        return total
+
+    def _read(self, flags: int) -> int:
+        got = left = os.preadv(self._fd, self.into, self._at, flags)
+        self._at += got
+        while self.into and left >= self.into[0].nbytes:
+            left -= self.into[0].nbytes
+            del self.into[0]
+        if left:
+            self.into[0] = self.into[0][left:]
+        return got

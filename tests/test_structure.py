@@ -145,7 +145,8 @@ def test_nothing_below_the_runtime_loads_torch() -> None:
         ),
         (
             weightcache.runtime,
-            "install installed load load_file load_model safe_open snapshot_download uninstall",
+            """install installed load load_file load_model safe_open snapshot_download uninstall
+            stream_file stream_snapshot LoadReport""",
         ),
     ],
 )

@@ -13,8 +13,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 from weightcache.client import Client, Json, Load
+from weightcache.core.source import is_source
 from weightcache.errors import DaemonError, SourceChanged, WeightcacheError
 from weightcache.log import fields
 from weightcache.portal import Portal
@@ -71,76 +74,143 @@ class Ranges:
 
 
 class OpenFile:
-    """One file of a load. ``path``: real, mappable at once; ``size`` in bytes."""
+    """One file of a load. ``name``: within the snapshot; ``path``: real, mappable at once; ``size`` in bytes."""
 
-    def __init__(self, worker: Worker, load: Load) -> None:
-        file = load.snapshot["files"][0]
-        self.path: str = file["at"]
-        self.size: int = file["size"]
-        self.report: Json | None = None
-        self._name: str = load.snapshot["source"]  # for people: without what a query may hold
-        self._worker = worker
-        self._ranges = Ranges(self.size)
-        self._ranges.add(file["had"])
-        self._inode = _inode(self.path)
-        self._closed = asyncio.Event()
+    def __init__(self, name: str, path: str, size: int, load: OpenLoad | None = None) -> None:
+        self.name = name
+        self.path = path
+        self.size = size
+        self.ranges = Ranges(size if load is not None else 0)  # of a file that is simply there, all is had
         self._load = load
+
+    def load_report(self, seconds: float = 0.0) -> Json | None:
+        """What the daemon reports of the load once it is over, waiting so long for it; None: not over, or no daemon."""
+        return self._load.wait(seconds) if self._load is not None else None
 
     def wait(self, begin: int, end: int) -> None:
         """Return when bytes [begin, end) are had; raises the load's WeightcacheError if they never will be."""
-        self._ranges.wait(begin, end)
+        self.ranges.wait(begin, end)
+
+    def close(self) -> None:
+        """Give up the load's lease. Does not block; may be called from any thread, also at the interpreter's end."""
+        if self._load is not None:
+            self._load.close()
+
+
+class OpenLoad:
+    """A load that is followed: its files, and what becomes of them.
+
+    ``hold``: keep an embedded node, too, until ``close``. A file that is mapped needs it no longer than its bytes take,
+    and others may wait for the store; files that are yet to be opened must stay where they are.
+    """
+
+    def __init__(self, worker: Worker, load: Load, hold: bool) -> None:
+        self.directory: str = load.snapshot["directory"]
+        self.report: Json | None = None
+        self.files = [OpenFile(file["path"], file["at"], file["size"], self) for file in load.snapshot["files"]]
+        self._name: str = load.snapshot["source"]  # for people: without what a query may hold
+        self._worker = worker
+        self._hold = hold
+        self._over = threading.Event()
+        self._closed = asyncio.Event()
+        self._load = load
+        self._inodes = [_inode(file.path) for file in self.files]
+        self._learn()
+
+    def _learn(self) -> None:
+        for file, found in zip(self.files, self._load.snapshot["files"], strict=True):
+            file.ranges.add(found["had"])
+
+    def wait(self, seconds: float) -> Json | None:
+        """The daemon's report; None if the load is not over by then, or failed."""
+        self._over.wait(seconds)
+        return self.report
 
     def close(self) -> None:
         """Give up the lease. Does not block; may be called from any thread, also at the interpreter's end."""
         self._worker.call(self._closed.set)
 
-    async def follow(self, source: str) -> None:
+    async def follow(self, source: str, single: bool) -> None:
         """Hear of what lands until all has, through restarts of the daemon; then hold the lease until ``close``."""
-        hearing = asyncio.ensure_future(self._hear_all(source))
+        hearing = asyncio.ensure_future(self._hear_all(source, single))
         closed = asyncio.ensure_future(self._closed.wait())
         try:
             await asyncio.wait([hearing, closed], return_when=asyncio.FIRST_COMPLETED)
             if hearing.done():
                 hearing.result()
-                if not self._worker.client.embedded:  # else others may wait for the store, and a mapping needs no lease
+                if self._hold or not self._worker.client.embedded:
                     await closed
         except WeightcacheError as error:
-            self._ranges.fail(error)
+            self._fail(error)
         except Exception as error:
             log.exception("load given up", extra=fields(source=self._name))
-            self._ranges.fail(DaemonError(f"{self._name}: {type(error).__name__}: {error}; open it again"))
+            self._fail(DaemonError(f"{self._name}: {type(error).__name__}: {error}; open it again"))
         finally:
-            self._ranges.fail(DaemonError(f"{self.path}: it was closed while it was still arriving"))
+            self._over.set()
+            self._fail(DaemonError(f"{self._name}: it was closed while it was still arriving"))
             hearing.cancel()
             closed.cancel()
             self._load.close()
 
-    async def _hear_all(self, source: str) -> None:
+    def _fail(self, error: WeightcacheError) -> None:
+        for file in self.files:
+            file.ranges.fail(error)
+
+    async def _hear_all(self, source: str, single: bool) -> None:
         while True:
             try:
                 return await self._hear()
             except DaemonError as error:
                 log.warning("load interrupted", extra=fields(source=self._name, why=str(error)))
-                await self._reopen(source)
+                await self._reopen(source, single)
 
     async def _hear(self) -> None:
         async for event in self._load:
             if event["event"] == "had":
-                self._ranges.add(event["ranges"])
+                self.files[event["file"]].ranges.add(event["ranges"])
             elif event["event"] == "done":
                 self.report = event["report"]
-                self._ranges.add([[0, self.size]])
+                for file in self.files:
+                    file.ranges.add([[0, file.size]])
+                self._over.set()
 
-    async def _reopen(self, source: str) -> None:
-        self._load = await self._worker.load(source)
-        file = self._load.snapshot["files"][0]
+    async def _reopen(self, source: str, single: bool) -> None:
+        self._load = await self._worker.load(source, single)
+        found = self._load.snapshot["files"]
         try:
-            same = file["at"] == self.path and _inode(self.path) == self._inode
+            same = [(file["path"], file["at"]) for file in found] == [(file.name, file.path) for file in self.files]
+            same = same and [_inode(file["at"]) for file in found] == self._inodes
         except FileNotFoundError:
             same = False
         if not same:
             raise SourceChanged(f"{source}: it was replaced while the daemon restarted; open it again")
-        self._ranges.add(file["had"])
+        self._learn()
+
+
+class OpenSnapshot:
+    """The files of a source or of a local directory, by name. A context manager; ``close`` gives up the lease."""
+
+    def __init__(self, directory: str, files: list[OpenFile], load: OpenLoad | None) -> None:
+        self.directory = directory
+        self.files = files
+        self._load = load
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def report(self, seconds: float = 0.0) -> Json | None:
+        """What the daemon reports of the load once it is over, waiting so long for it; None: not over, or no daemon."""
+        return self._load.wait(seconds) if self._load is not None else None
+
+    def close(self) -> None:
+        """Give up the lease; whoever waits for bytes gets a DaemonError. May be called again, from any thread."""
+        if self._load is not None:
+            self._load.close()
 
 
 def _inode(path: str) -> tuple[int, int]:
@@ -162,31 +232,31 @@ class Worker:
     def alive(self) -> bool:
         return self._portal.alive
 
-    def open(self, source: str) -> OpenFile:
-        return self._portal.run(self._start(source))
+    def open(self, source: str, *, single: bool) -> OpenLoad:
+        return self._portal.run(self._start(source, single))
 
     def call(self, what: Callable[[], object]) -> None:
         self._portal.soon(what)
 
-    async def _start(self, source: str) -> OpenFile:
+    async def _start(self, source: str, single: bool) -> OpenLoad:
         self._stay()
         try:
-            file = OpenFile(self, await self.load(source))
+            load = OpenLoad(self, await self.load(source, single), hold=not single)
         except BaseException:
             self._leave()
             raise
-        task = asyncio.ensure_future(file.follow(source))
+        task = asyncio.ensure_future(load.follow(source, single))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: self._leave())
-        return file
+        return load
 
-    async def load(self, source: str) -> Load:
-        """A load of one file; a daemon that answered once, and went away, is waited for."""
+    async def load(self, source: str, single: bool) -> Load:
+        """A load, begun; a daemon that answered once, and went away, is waited for."""
         deadline = asyncio.get_running_loop().time() + REOPEN_SECONDS
         while True:
             try:
-                return await self.client.load(source, single=True)
+                return await self.client.load(source, single=single)
             except DaemonError:
                 if not self.client.has_daemon or asyncio.get_running_loop().time() > deadline:
                     raise
@@ -224,11 +294,38 @@ _lock = threading.Lock()
 _worker: Worker | None = None
 
 
-def open_file(source: str) -> OpenFile:
-    """Load one file and return once it may be mapped. Raises SourceError for a directory, and its kin."""
+def _running() -> Worker:
     global _worker
     with _lock:
         if _worker is None or not _worker.alive:  # the first time, or in a child of the process that had it
             _worker = Worker()
             atexit.register(_worker.close)
-    return _worker.open(source)
+        return _worker
+
+
+def open_file(source: str) -> OpenFile:
+    """Load one file and return once it may be mapped. Raises SourceError for a directory, and its kin."""
+    return _running().open(source, single=True).files[0]
+
+
+def open_snapshot(source: str | os.PathLike[str]) -> OpenSnapshot:
+    """Load all files of a source and return once they may be mapped; or those of a local directory, or one file.
+
+    Hold it open for as long as files are yet to be opened: it is the lease. Raises SourceError and its kin;
+    FileNotFoundError for a local path at which there is nothing.
+    """
+    path = os.fspath(source)
+    if is_source(path):
+        load = _running().open(path, single=False)
+        return OpenSnapshot(load.directory, load.files, load)
+    if os.path.isfile(path):
+        return OpenSnapshot(os.path.dirname(path), [_local(path, os.path.basename(path))], None)
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"No such file or directory: {path}")
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    found = sorted(file for file in paths if os.path.isfile(file))  # what a dead link names is no file
+    return OpenSnapshot(path, [_local(file, os.path.relpath(file, path)) for file in found], None)
+
+
+def _local(path: str, name: str) -> OpenFile:
+    return OpenFile(name, path, os.stat(path).st_size)

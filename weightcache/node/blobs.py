@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
+from weightcache.core.components import rank
 from weightcache.core.layout import MAX_CHUNKS
 from weightcache.core.manifest import Manifest
 from weightcache.core.snapshot import FileEntry
@@ -22,19 +22,6 @@ from weightcache.node.trust import Trust
 from weightcache.store import Store
 
 PEERS_SECONDS = 1.0  # for which a load waits to hear what its peers have before it asks the origin
-SMALL = 1 << 20  # bytes: such files go ahead of all others
-
-# In the order of their use by a pipeline: what is needed first comes first.
-_RANKS = (("text_encoder", 1), ("tokenizer", 1), ("image_encoder", 1), ("vae", 3))
-_USUAL = 2
-
-
-def rank(entry: FileEntry) -> int:
-    """How soon a file is needed; a lower rank goes first."""
-    if entry.size < SMALL:
-        return 0
-    component = PurePosixPath(entry.path).parts[0]
-    return next((rank for name, rank in _RANKS if component.startswith(name)), _USUAL)
 
 
 class Blobs:
@@ -194,7 +181,8 @@ class Blobs:
         shared = await elsewhere(self._swarm, unknown) if not whole else {}
         if unknown:  # some may have come meanwhile, with another blob
             local, unknown = await asyncio.to_thread(self._elsewhere, manifest)
-        coming = self._transfers.begin(entry, manifest, rank(entry), self._states.get(blob, {}), local, unknown, shared)
+        level, states = rank(entry.path, entry.size), self._states.get(blob, {})
+        coming = self._transfers.begin(entry, manifest, level, states, local, unknown, shared)
         if teller is not None:
             coming.teller = teller
             coming.claims.add(teller)

@@ -15,11 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from weightcache.core.components import rank
 from weightcache.core.patterns import EVERYTHING, Patterns
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
 from weightcache.errors import LoadFailed, SourceChanged, SourceError, SourceNotFound, WeightcacheError
-from weightcache.node.blobs import Blobs, rank
+from weightcache.node.blobs import Blobs
 from weightcache.node.incoming import COMING, Incoming
 from weightcache.node.report import Report, Tally
 from weightcache.node.resolver import Resolver
@@ -182,7 +183,7 @@ class Loading:
                 opened[index] = self._open(index, entry, coming)
 
         # Small files and first components open first: their transfers start while others are still seen to.
-        order = sorted(enumerate(snapshot.files), key=lambda item: (rank(item[1]), item[0]))
+        order = sorted(enumerate(snapshot.files), key=lambda item: (rank(item[1].path, item[1].size), item[0]))
         try:
             outcomes = await asyncio.gather(*(bring(index, entry) for index, entry in order), return_exceptions=True)
         finally:
