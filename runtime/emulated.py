@@ -94,21 +94,21 @@ class EmulatedStream:
 
     def __init__(self, device: Emulated, queue: _Queue) -> None:
         self._device = device
-        self._queue = queue
+        self.queue = queue
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
         self._device.check()
-        self._queue.add(lambda: self.make(into, source), source)
+        self.queue.add(lambda: self.make(into, source), source)
 
     def make(self, into: torch.Tensor, source: torch.Tensor) -> None:
         """The copy itself, in the device's thread."""
         into.copy_(source)
 
     def record_event(self) -> EmulatedEvent:
-        return EmulatedEvent(self._queue)
+        return EmulatedEvent(self.queue)
 
     def wait_event(self, event: EmulatedEvent, /) -> None:
-        self._queue.add(event.synchronize)
+        self.queue.add(event.synchronize)
 
 
 class _Queue:
@@ -131,7 +131,8 @@ class _Queue:
         with self._changed:
             self._work.append((work, source))
             self._given += 1
-            self._changed.notify_all()
+            if len(self._work) == 1:
+                self._changed.notify_all()
             return self._given
 
     def finish(self, ticket: int) -> None:
@@ -171,4 +172,5 @@ class _Queue:
                 return
             with self._changed:
                 self.done += 1
-                self._changed.notify_all()
+                if self.done <= self._wanted:
+                    self._changed.notify_all()

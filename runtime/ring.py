@@ -6,8 +6,7 @@ after the last copy out of it. That wait is all that keeps one tensor's bytes ou
 
 from __future__ import annotations
 
-import queue
-from typing import Any
+import threading
 
 import torch
 
@@ -17,12 +16,15 @@ from weightcache.runtime.device import Event, Target
 class Slot:
     """One buffer. ``passed``: the event after the last copy out of it."""
 
-    __slots__ = ("memory", "passed", "view")
+    __slots__ = ("memory", "passed")
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
-        self.view: Any = memory.numpy()
         self.passed: Event | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.passed is None or self.passed.query()
 
 
 class Ring:
@@ -31,23 +33,28 @@ class Ring:
     def __init__(self, device: Target, count: int, size: int) -> None:
         if size <= 0 or size & (size - 1):
             raise ValueError(f"a buffer of {size} bytes: a power of two is expected")
-        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()  # oldest first: it is the likeliest to be free
-        for _ in range(count):
-            self._free.put(Slot(device.pinned(size)))
+        self._given = threading.Condition()
+        self._slots = [Slot(device.pinned(size)) for _ in range(count)]  # not in use, oldest first
 
     def take(self) -> Slot:
         """A buffer that may be written to, once there is one. Raises what went wrong with the last copy out of it."""
-        slot = self._free.get()
+        with self._given:
+            self._given.wait_for(lambda: self._slots)
+            # The latest that is free may still be in the processor's cache; if none is, the oldest will be first.
+            free = (at for at in range(len(self._slots) - 1, -1, -1) if self._slots[at].free)
+            slot = self._slots.pop(next(free, 0))
         try:
             if slot.passed is not None:
                 slot.passed.synchronize()
                 slot.passed = None
         except BaseException:
-            self._free.put(slot)
+            self.give(slot, slot.passed)
             raise
         return slot
 
     def give(self, slot: Slot, passed: Event | None) -> None:
         """Give a buffer back; it is free when the device has passed the event."""
         slot.passed = passed
-        self._free.put(slot)
+        with self._given:
+            self._slots.append(slot)
+            self._given.notify()

@@ -158,8 +158,8 @@ def _blocks(pieces: Iterable[Piece], most: int) -> Iterator[_Block]:
     """``pieces`` packed, in order. Those of another file begin another block: theirs may arrive much later."""
     block: _Block | None = None
     for index, piece in enumerate(pieces):
-        if piece.into.nbytes != piece.end - piece.begin:
-            raise ValueError(f"piece {index}: {piece.into.nbytes} bytes of memory for {piece.end - piece.begin}")
+        if not _fits(piece):
+            raise ValueError(f"piece {index}: {piece.end - piece.begin} contiguous bytes of memory are expected")
         if block is not None and block.file is not piece.file:
             yield block
             block = None
@@ -176,6 +176,12 @@ def _blocks(pieces: Iterable[Piece], most: int) -> Iterator[_Block]:
         block.ends.append(index)
     if block is not None:
         yield block
+
+
+def _fits(piece: Piece) -> bool:
+    into = piece.into
+    flat = into.dtype == torch.uint8 and into.dim() == 1 and into.is_contiguous()
+    return flat and into.nbytes == piece.end - piece.begin
 
 
 class _Stopped(Exception):
@@ -195,8 +201,9 @@ class _Run:
         self._pending: deque[_Block] = deque()
         self._copied: deque[_Block] = deque()  # whose copies nobody has seen the end of
         self._descriptors: dict[int, int] = {}
-        self._threads = 0
-        self._busy = 0  # threads that read or copy
+        self._threads: list[threading.Thread] = []
+        self._waiting: set[threading.Thread] = set()  # those that wait for bytes to be had
+        self._ended: set[threading.Thread] = set()
         self._changed = threading.Condition()
         self._stopped = False
 
@@ -229,11 +236,12 @@ class _Run:
             if self._stopped:
                 raise ValueError(CLOSED)
             self._pending.append(block)
-        self._jobs.put(block)
-        if self._threads < self._device.readers:
-            self._threads += 1
-            name = f"reader {self._threads}"
-            threading.Thread(target=self._work, args=(name,), name=name, daemon=True).start()
+            self._jobs.put(block)
+            if len(self._threads) < self._device.readers:
+                name = f"reader {len(self._threads) + 1}"
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     def _forget(self, block: _Block) -> None:
         """Close its file unless more of it is on its way: a snapshot may have more files than may be open."""
@@ -264,10 +272,11 @@ class _Run:
         """Hand out nothing more; return when nothing is read or copied into the caller's memory any more."""
         with self._changed:
             self._stopped = True
-            self._changed.wait_for(lambda: not self._busy)
-            pending = list(self._pending)
-        for _ in range(self._threads):
+            pending, threads = list(self._pending), list(self._threads)
+        for _ in threads:
             self._jobs.put(None)
+        for thread in threads:
+            self._leave(thread)
         for block in (*self._copied, *pending):
             if block.passed is not None:
                 with contextlib.suppress(Exception):  # whoever waits for that block is told
@@ -277,51 +286,68 @@ class _Run:
                 block.error = ValueError(CLOSED)
                 block.done.set()
 
+    def _leave(self, thread: threading.Thread) -> None:
+        """Return when a thread has ended, or waits for bytes: then it touches nothing when they come."""
+        with self._changed:
+            self._changed.wait_for(lambda: thread in self._waiting or thread in self._ended)
+            if thread in self._waiting:
+                return
+        thread.join()
+
     # -- in threads of its own
 
-    def _work(self, lane: str) -> None:
+    def _work(self) -> None:
         self._device.enter()
-        while (block := self._jobs.get()) is not None:
-            try:
-                self._bring(block, lane)
-            except _Stopped:
-                return
-            except BaseException as error:  # noqa: BLE001 - it is raised where the block is waited for
-                block.error = error
-            block.done.set()
+        try:
+            while (block := self._jobs.get()) is not None:
+                try:
+                    self._bring(block)
+                except _Stopped:
+                    break
+                except BaseException as error:  # noqa: BLE001 - it is raised where the block is waited for
+                    block.error = error
+                block.done.set()
+        finally:
+            with self._changed:
+                self._ended.add(threading.current_thread())
+                self._changed.notify_all()
 
-    def _bring(self, block: _Block, lane: str) -> None:
+    def _bring(self, block: _Block) -> None:
         began = time.perf_counter()
-        for read in block.reads:
-            block.file.wait(read.begin, read.end)
-        self._report.spend("wait", began, time.perf_counter(), 0, lane)
-        with self._working():
-            if self._ring is None:
-                self._fill(block, [read.parts for read in block.reads], lane)
-            else:
-                self._by_ring(block, self._ring, lane)
+        with self._awaiting():
+            for read in block.reads:
+                block.file.wait(read.begin, read.end)
+        self._report.spend("wait", began, time.perf_counter())
+        if self._ring is None:
+            self._fill(block, [read.parts for read in block.reads])
+        else:
+            self._by_ring(block, self._ring)
 
     @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
+    def _awaiting(self) -> Iterator[None]:
+        """While this thread waits for bytes nobody waits for it; raises _Stopped when the run is over meanwhile."""
+        thread = threading.current_thread()
         with self._changed:
             if self._stopped:
                 raise _Stopped
-            self._busy += 1
+            self._waiting.add(thread)
+            self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._busy -= 1
-                self._changed.notify_all()
+                self._waiting.discard(thread)
+                if self._stopped:
+                    raise _Stopped
 
-    def _by_ring(self, block: _Block, ring: Ring, lane: str) -> None:
+    def _by_ring(self, block: _Block, ring: Ring) -> None:
         slot = ring.take()
         try:
             at, places = 0, []
             for read in block.reads:
                 places.append([slot.memory[at : at + read.end - read.begin]])
                 at += read.end - read.begin
-            self._fill(block, places, lane)
+            self._fill(block, places)
             self._stream.wait_event(block.fence)
             block.given = time.perf_counter()
             block.started = self._stream.record_event()
@@ -335,7 +361,7 @@ class _Run:
         finally:
             ring.give(slot, block.passed)
 
-    def _fill(self, block: _Block, places: list[list[torch.Tensor]], lane: str) -> None:
+    def _fill(self, block: _Block, places: list[list[torch.Tensor]]) -> None:
         """Read the block's bytes into host memory."""
         for read, into in zip(block.reads, places, strict=True):
             reading = _Reading(block.fd, [part.numpy() for part in into], read.begin, block.file.path)
@@ -343,10 +369,10 @@ class _Run:
             hot = reading.cached()
             read_at = time.perf_counter()
             if hot:
-                self._report.spend("read", began, read_at, hot, lane)
+                self._report.spend("read", began, read_at, hot)
             if reading.into:
                 cold = reading.rest()
-                self._report.spend("disk", read_at, time.perf_counter(), cold, lane)
+                self._report.spend("disk", read_at, time.perf_counter(), cold)
 
 
 class _Reading:

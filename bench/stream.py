@@ -1,0 +1,196 @@
+"""Streaming a file's tensors to memory: by us, by the bound, and by others.
+
+The bound is two threads that copy the same bytes from a mapping to a buffer and from there to memory that is there
+already, and do nothing else. Next to it is what a loader needs besides: memory of the tensors' own. Everybody reads the
+same tensors, from a file that is in the page cache, in this process.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file as safetensors_load_file
+
+from bench import rivals, rounds, sd15
+from bench.hosts import MB
+from bench.rounds import Contender, timed
+from bench.run import Run
+from bench.standing import ROOT
+from bench.table import Column, Table, at_least, at_most
+from weightcache.core.layout import parse_header
+from weightcache.runtime import stream_file
+from weightcache.runtime.device import Target
+from weightcache.runtime.emulated import Emulated
+from weightcache.runtime.opened import LocalFile
+from weightcache.runtime.streamer import Piece, Streamer
+
+ABOUT = (
+    "'to memory that is there' is the device: allocated and touched before. 'own memory': tensors that the caller "
+    "keeps. The loaders' own formats (tensorizer, flashpack) hold the same tensors. No contender copies to an accelerator."
+)
+BOUND = "bound: two threads, mapping -> ring -> memory that is there"
+OURS = "weightcache, to memory that is there"
+RING = "weightcache, by the ring, to an emulated device"
+OWN = "weightcache stream_file, own memory"
+BUFFER = 8 << 20
+COLUMNS = (rounds.SPEED, Column("ratio", "of bound", "{:.2f}"), Column("cpu_receiving", "CPU s/GB", "{:.2f}"))
+
+
+class Memory:
+    """The device: as many bytes as the file has, there before the turn."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        self.bytes = torch.zeros(self.size, dtype=torch.uint8)
+
+    def check(self) -> None:
+        """Raise unless the file's bytes are in it; then make them wrong for the next turn."""
+        found = torch.from_file(str(self.path), size=self.size, dtype=torch.uint8)
+        if not torch.equal(self.bytes, found):
+            raise rounds.Unavailable("the bytes are wrong")
+        self.bytes.fill_(0)
+
+
+def two_threads(memory: Memory) -> None:
+    """The bound."""
+    into = memory.bytes.numpy()
+    with open(memory.path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        source = np.frombuffer(mapped, np.uint8)
+
+        def copy(first: int) -> None:
+            buffer = np.empty(BUFFER, np.uint8)
+            for at in range(first * BUFFER, memory.size, 2 * BUFFER):
+                length = min(BUFFER, memory.size - at)
+                np.copyto(buffer[:length], source[at : at + length])
+                np.copyto(into[at : at + length], buffer[:length])
+
+        threads = [threading.Thread(target=copy, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        del source, copy
+
+
+def by_streamer(memory: Memory, device: str | Target) -> None:
+    """The file's tensors to where they belong in the device's memory."""
+    with open(memory.path, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = parse_header(length.to_bytes(8, "little") + opened.read(length))
+    memory.bytes[: header.data_start] = torch.from_file(str(memory.path), size=header.data_start, dtype=torch.uint8)
+    file = LocalFile(str(memory.path))
+
+    def pieces() -> Iterator[Piece]:
+        for tensor in header.tensors:
+            yield Piece(file, tensor.begin, tensor.end, memory.bytes[tensor.begin : tensor.end])
+
+    with Streamer(device) as streamer:
+        for _ in streamer.copy(pieces()):
+            pass
+
+
+# -- the others: each gives all tensors, in memory that is the caller's to keep
+
+
+def runai(path: Path) -> list[Any]:
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_file(str(path))
+        return list(streamer.get_tensors())
+
+
+def fastsafetensors(path: Path) -> list[Any]:
+    from fastsafetensors import fastsafe_open
+
+    with fastsafe_open([str(path)], nogds=True, device="cpu") as file:
+        return [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - no mapping
+
+
+def tensorizer(path: Path) -> dict[str, Any]:
+    from tensorizer import TensorDeserializer
+
+    with TensorDeserializer(str(path), device="cpu", num_readers=2) as file:
+        return dict(file)
+
+
+def flashpack(path: Path) -> list[Any]:
+    from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
+
+    storage, metadata = read_flashpack_file(str(path), "cpu")
+    return list(iterate_from_flash_tensor(storage, metadata))
+
+
+def convert(path: Path) -> tuple[Path, Path]:
+    """The same tensors in the formats of tensorizer and flashpack."""
+    from flashpack.serialization import pack_to_file
+    from tensorizer import TensorSerializer
+
+    tensors = safetensors_load_file(path)
+    tensorized, packed = path.with_suffix(".tensors"), path.with_suffix(".flashpack")
+    serializer = TensorSerializer(str(tensorized))
+    serializer.write_state_dict(tensors)
+    serializer.close()
+    pack_to_file(tensors, str(packed), None)
+    return tensorized, packed
+
+
+def owned(name: str, size: int, load: Callable[[Path], object], path: Path, *needs: str) -> Contender:
+    return Contender(
+        name, size, lambda: timed(lambda: load(path)), prepare=functools.partial(rivals.module, *needs)
+    )
+
+
+def stream(run: Run) -> Table:
+    """Everybody, in turns."""
+    os.environ["FLASHPACK_CPU_PARALLEL_READ"] = "1"  # its reading mode
+    path = run.folder / "sd15.safetensors"
+    size = sd15.write_file(path, small=run.quick)
+    tensorized, packed = convert(path)
+    memory = Memory(path)
+
+    def into_memory(name: str, move: Callable[[], None]) -> Contender:
+        return Contender(name, size, lambda: timed(move), memory.check)
+
+    memory.bytes.copy_(torch.from_file(str(path), size=size, dtype=torch.uint8))  # what the first check finds
+    contenders = [
+        into_memory(BOUND, lambda: two_threads(memory)),
+        into_memory(OURS, lambda: by_streamer(memory, "cpu")),
+        into_memory(RING, lambda: by_streamer(memory, Emulated())),
+        owned(OWN, size, lambda path: list(stream_file(path)), path),
+        owned("safetensors pread", size, lambda path: safetensors_load_file(path, backend="pread"), path),
+        owned("Run:ai streamer", size, runai, path, "runai_model_streamer", "humanize"),
+        owned("fastsafetensors, nogds", size, fastsafetensors, path, "fastsafetensors"),
+        owned("tensorizer, own format", size, tensorizer, tensorized, "tensorizer"),
+        owned("flashpack, reading, own format", size, flashpack, packed, "flashpack"),
+    ]
+    table = rounds.compare("stream", f"a file shaped as SD 1.5, {size / MB:.0f} MB, to memory", ABOUT, contenders, run)
+    table.columns = COLUMNS
+    for name in (OURS, RING):
+        table.expect(at_least(0.8, f"of the bound: {name}"), name, "speed", BOUND)
+    for rival in contenders[4:]:
+        table.expect(at_least(1, f"times {rival.name}"), OWN, "speed", rival.name)
+    table.facts["MB that streaming held beyond the file's pages, at most"] = beyond = _beyond(path)
+    row = next(row for row in table.rows if row.name == RING)
+    row.values["beyond"] = beyond
+    table.expect(at_most(64 + 64, "MB of host memory beyond mapped pages: ring + 64"), RING, "beyond")
+    return table
+
+
+def _beyond(path: Path) -> float:
+    """MB of anonymous memory that a process had more of, at most, while it streamed a file and kept nothing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.beyond", str(path)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return float(done.stdout)
