@@ -34,6 +34,7 @@ from typing import Any, Self
 
 import torch
 
+from weightcache.core.layout import CUT
 from weightcache.errors import FormatError
 from weightcache.runtime.device import DeviceName, Event, Stream, Target, target_of
 from weightcache.runtime.opened import Opened
@@ -141,7 +142,9 @@ class Streamer:
         Pieces are taken, in the calling thread, only as far ahead as the ring allows. Raises the WeightcacheError of a
         load whose bytes will not come, FormatError for a file that is too short, OSError, and what the device raises.
         """
-        run = _Run(self.device, self._stream, self._ring, self._buffers, self.report)
+        # A thread reads one block while the caller is at another; more would only be memory that waits.
+        ahead = self._buffers if self.device.staged else min(self._buffers, 2 * self.device.readers)
+        run = _Run(self.device, self._stream, self._ring, ahead, self.report)
         with self._lock:
             if self._closed:
                 raise ValueError(CLOSED)
@@ -155,12 +158,13 @@ class Streamer:
 
 
 def _blocks(pieces: Iterable[Piece], most: int) -> Iterator[_Block]:
-    """``pieces`` packed, in order. Those of another file begin another block: theirs may arrive much later."""
+    """``pieces`` packed, in order. What arrives apart is packed apart: another file, a tensor with chunks of its own."""
     block: _Block | None = None
     for index, piece in enumerate(pieces):
         if not _fits(piece):
             raise ValueError(f"piece {index}: {piece.end - piece.begin} contiguous bytes of memory are expected")
-        if block is not None and block.file is not piece.file:
+        large = piece.end - piece.begin >= CUT  # it may arrive after what precedes it: they are different chunks
+        if block is not None and (large or block.file is not piece.file):
             yield block
             block = None
         at = 0

@@ -37,6 +37,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[Target]:
     yield made
     if isinstance(made, Emulated):
         made.close()
+    for reader in readers():  # one that waits for bytes leaves when it hears that there are none
+        reader.join(10)
     assert not list(readers())
 
 
