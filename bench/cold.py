@@ -30,7 +30,8 @@ OURS = "weightcache stream_snapshot"
 TEXT = "text_encoder/model.safetensors"
 COLUMNS = (
     Column("total", "total s"), Column("slowest", "slowest\nstage s"), Column("ratio", "total /\nslowest", bars=True),
-    Column("text_had", "text\nbytes s"), Column("text_usable", "text\nusable s"), Column("text_ratio", "usable /\nbytes"),
+    Column("text_had", "text\nbytes s"), Column("text_usable", "text\nusable s"),
+    Column("text_ratio", "usable /\nbytes"),
 )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from weightcache.runtime.streamer import Piece, Streamer
 
 ABOUT = (
     "'to memory that is there' is the device: allocated and touched before. 'own memory': tensors that the caller "
-    "keeps. The loaders' own formats (tensorizer, flashpack) hold the same tensors. No contender copies to an accelerator."
+    "keeps. The loaders' own formats (tensorizer, flashpack) hold the same tensors. No accelerator here."
 )
 BOUND = "bound: two threads, mapping -> ring -> memory that is there"
 OURS = "weightcache, to memory that is there"
@@ -68,19 +68,19 @@ def two_threads(memory: Memory) -> None:
     with open(memory.path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         source = np.frombuffer(mapped, np.uint8)
 
-        def copy(first: int) -> None:
+        def copy(first: int, source: Any) -> None:
             buffer = np.empty(BUFFER, np.uint8)
             for at in range(first * BUFFER, memory.size, 2 * BUFFER):
                 length = min(BUFFER, memory.size - at)
                 np.copyto(buffer[:length], source[at : at + length])
                 np.copyto(into[at : at + length], buffer[:length])
 
-        threads = [threading.Thread(target=copy, args=(number,)) for number in range(2)]
+        threads = [threading.Thread(target=copy, args=(number, source)) for number in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        del source, copy
+        del source, threads  # or the mapping could not be closed
 
 
 def by_streamer(memory: Memory, device: str | Target) -> None:
@@ -147,9 +147,7 @@ def convert(path: Path) -> tuple[Path, Path]:
 
 
 def owned(name: str, size: int, load: Callable[[Path], object], path: Path, *needs: str) -> Contender:
-    return Contender(
-        name, size, lambda: timed(lambda: load(path)), prepare=functools.partial(rivals.module, *needs)
-    )
+    return Contender(name, size, lambda: timed(lambda: load(path)), prepare=functools.partial(rivals.module, *needs))
 
 
 def stream(run: Run) -> Table:

@@ -137,4 +137,3 @@ def _together(threads: int, work: Callable[[int], None]) -> float:
     for thread in running:
         thread.join()
     return time.perf_counter() - began
-

@@ -158,7 +158,7 @@ class Streamer:
 
 
 def _blocks(pieces: Iterable[Piece], most: int) -> Iterator[_Block]:
-    """``pieces`` packed, in order. What arrives apart is packed apart: another file, a tensor with chunks of its own."""
+    """``pieces`` packed, in order. What arrives apart is packed apart: another file, a tensor with its own chunks."""
     block: _Block | None = None
     for index, piece in enumerate(pieces):
         if not _fits(piece):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def test_where_bytes_came_from_is_the_daemons_to_say() -> None:
     report.fell_back("unet: keys differ")
     found = report.to_json(LIMITS)
     assert found["bytes_by_source"] == {"local": 100, "10.0.0.2:7700": 3_000_000_000, "origin": 1_000_000_000}
-    assert found["stages"]["wait"]["share"] == pytest.approx(0.8)  # of the link: what came over it, while it was awaited
+    assert found["stages"]["wait"]["share"] == pytest.approx(
+        0.8
+    )  # of the link: what came over it, while it was awaited
     assert found["fallbacks"] == ["unet: keys differ", "peer 10.0.0.3:7700: refused"]
 
 
@@ -115,7 +118,7 @@ def test_a_time_line_opens_in_perfetto(path: Path, tmp_path: Path) -> None:
         assert event["dur"] >= 0
         assert event["ts"] + event["dur"] <= (streaming.report.seconds + 1) * 1e6
     by_lane = sorted((event["tid"], event["ts"], event["ts"] + event["dur"]) for event in spans)
-    for (lane, _, ended), (other, began, _) in zip(by_lane, by_lane[1:], strict=False):
+    for (lane, _, ended), (other, began, _) in itertools.pairwise(by_lane):
         assert lane != other or began >= ended - 1000 or names["thread_name", lane] == "device"
 
 

@@ -60,9 +60,7 @@ def arriving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes
 
 
 @pytest.mark.parametrize("pad", [1, 8])
-def test_every_dtype_wherever_it_lies_is_what_load_file_gives(
-    tmp_path: Path, device: str | Emulated, pad: int
-) -> None:
+def test_every_dtype_wherever_it_lies_is_what_load_file_gives(tmp_path: Path, device: str | Emulated, pad: int) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(pack(MIXED, {"format": "pt"}, pad=pad))
     expected = load_file(path)
@@ -132,7 +130,7 @@ def test_a_bad_file_is_refused_with_the_exception_of_load_file(tmp_path: Path, d
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     for wrong in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(OSError) as theirs:  # noqa: PT011 - which, it is compared with
+        with pytest.raises(OSError) as theirs:
             load_file(wrong)
         with pytest.raises(type(theirs.value), match="No such"):
             stream_file(wrong)
@@ -171,7 +169,7 @@ def test_a_tensor_comes_as_soon_as_its_bytes_do(arriving: Callable[[bytes], Arri
 def test_a_load_that_fails_in_the_middle(arriving: Callable[[bytes], Arriving], device: str | Emulated) -> None:
     data = pack({name: ("F32", [1600, 1600]) for name in "ab"})
     opened = arriving(data)
-    start, at = spans(data)
+    _, at = spans(data)
     opened.land(0, at["a"][1])
     streaming = stream_file("any", device=device)
     assert next(streaming)[0] == "a"

@@ -167,13 +167,13 @@ def test_a_load_that_fails_gives_what_it_had_then_its_error(tmp_path: Path, devi
     data = np.random.default_rng(5).integers(1, 256, 10 * BUFFER, np.uint8).tobytes()
     opened = Arriving(tmp_path / "blob", data)
     opened.land(0, 3 * BUFFER)
-    into, got = torch.zeros(len(data), dtype=torch.uint8), []
+    into = torch.zeros(len(data), dtype=torch.uint8)
     with Streamer(device, buffers=2, buffer_bytes=BUFFER) as streamer:
+        run = streamer.copy(cut(opened, into, BUFFER, len(data)))
+        got = [next(run) for _ in range(3)]
+        opened.fail(LoadFailed("blob: no source is left for 3 chunks"))
         with pytest.raises(LoadFailed, match="no source is left"):
-            for index in streamer.copy(cut(opened, into, BUFFER, len(data))):
-                got.append(index)
-                if index == 2:
-                    opened.fail(LoadFailed("blob: no source is left for 3 chunks"))
+            next(run)
         opened.land(0, len(data))
         assert list(streamer.copy(cut(opened, into, BUFFER, len(data)))) == list(range(10))
     assert got == [0, 1, 2]
