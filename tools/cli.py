@@ -21,6 +21,7 @@ from weightcache.core.source import is_source
 from weightcache.errors import BlobCorrupt, ConfigError, StoreError, WeightcacheError, from_wire
 from weightcache.tools import exits, show
 from weightcache.tools.coldstart import coldstart
+from weightcache.tools.fleet_command import simulate
 from weightcache.tools.options import command, parse_size
 from weightcache.version import __version__
 
@@ -414,6 +415,7 @@ async def _publish(config: Config, source: str, to: str, force: bool, as_json: b
 
 
 command(app, "coldstart")(coldstart)
+command(app, "simulate")(simulate)
 
 
 @command(app, "run", rest=True)

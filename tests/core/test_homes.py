@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from functools import partial
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.herd import Herd
-from tests.core.virtual import MIB, World
+from tests.core.virtual import World
 from weightcache.core import turns as rules
 from weightcache.core.bits import members
 from weightcache.core.events import Done, PeerQuits, Reach
@@ -137,77 +135,3 @@ def test_a_member_that_quits_leaves_its_share_at_once() -> None:
     world.run()
     assert isinstance(wanted.end, Done)
     assert wanted.ended_at < 1.1 * 400 * (0.02 + CHUNK / world.origin.rate) / world.streams + 1.0
-
-
-# -- fleets
-
-SIZE = 300_000_000
-LINK = ORIGIN = 50e6
-BOUND = SIZE / LINK
-
-
-def a_plan(seed: int) -> ChunkPlan:
-    draw, starts, at = random.Random(seed), [], 0
-    while at < SIZE:
-        starts.append(at)
-        at += draw.choice([1, 2, 4, 8]) * MIB
-    return ChunkPlan(SIZE, tuple(starts))
-
-
-def a_herd(seed: int) -> Herd:
-    """Eight hosts that start within a second."""
-    herd = Herd(seed, 8, a_plan(seed), LINK, ORIGIN)
-    for host in herd.hosts:
-        herd.at(herd.random.random(), partial(herd.start, host))
-    return herd
-
-
-def ends(herd: Herd, seed: int, egress: float, last: float, but: int = 0) -> None:
-    """Run it; all but the first ``but`` hosts have ended within ``last`` times the bound and the second of starting."""
-    herd.run()
-    for host in herd.hosts:
-        assert not host.alive or isinstance(host.end, Done), f"seed {seed}: {host.end}"
-    ended = max(host.ended_at for host in herd.hosts[but:])
-    assert herd.egress <= egress * SIZE, f"seed {seed}: the origin was read {herd.egress / SIZE:.3f} times"
-    assert ended <= last * BOUND + 1.0, f"seed {seed}: the last ended after {ended / BOUND:.2f} times the bound"
-
-
-SEEDS = range(6)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_herd_reads_the_origin_once(seed: int) -> None:
-    ends(a_herd(seed), seed, 1.05, 1.6)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_herd_bears_a_death(seed: int) -> None:
-    herd = a_herd(seed)
-    herd.at(BOUND / 2, partial(herd.kill, herd.hosts[0]))
-    ends(herd, seed, 1.1, 1.7, but=1)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_herd_bears_one_that_crawls(seed: int) -> None:
-    herd = a_herd(seed)
-    herd.hosts[0].link /= 10
-    ends(herd, seed, 1.1, 2.1, but=1)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_members_that_see_different_swarms_read_little_twice(seed: int) -> None:
-    herd = a_herd(seed)
-    first, second, third, *others = herd.hosts
-    first.knows = lambda other: other is not second
-    second.knows = lambda other: other is not first
-    third.knows = lambda other: other in others[:2]
-    ends(herd, seed, 1.4, 1.8)
-
-
-def test_what_can_only_be_streamed_is_streamed_once() -> None:
-    herd = Herd(1, 8, a_plan(1), LINK, ORIGIN, Reach.STREAM)
-    for host in herd.hosts:
-        herd.at(herd.random.random(), partial(herd.start, host))
-    herd.run()
-    assert herd.egress == pytest.approx(SIZE)
-    assert all(isinstance(host.end, Done) for host in herd.hosts)

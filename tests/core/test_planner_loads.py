@@ -11,7 +11,7 @@ from weightcache.core import loads
 from weightcache.core import planner as rules
 from weightcache.core.events import Done, GiveUp, Kind, Reach, Via
 from weightcache.core.layout import CHUNK
-from weightcache.core.turns import ORIGIN_READ
+from weightcache.core.turns import FIRST_READS, ORIGIN_READ
 
 # -- the origin
 
@@ -37,8 +37,8 @@ def test_a_dead_origin_is_asked_a_few_times_by_one_read_at_a_time() -> None:
     world.run()
     assert isinstance(wanted.end, GiveUp)
     assert wanted.end.error == "OriginUnavailable"
-    assert len(world.origin.reads) == world.streams + 4
-    retries = [when for when, _ in world.origin.reads[world.streams - 1 :]]
+    assert len(world.origin.reads) == FIRST_READS + 4
+    retries = [when for when, _ in world.origin.reads[FIRST_READS - 1 :]]
     pauses = [later - sooner for sooner, later in pairwise(retries)]
     assert pauses[-1] > pauses[0] >= rules.FIRST_PAUSE / 2
     assert wanted.ended_at < 15
@@ -48,7 +48,7 @@ def test_one_failed_read_does_not_stop_the_others() -> None:
     world = World(1)
     wanted = world.want("blob", 100, CHUNK, reach=Reach.RANGED)
     world._fail(next(iter(world.flights.values())).fetch, Kind.UNAVAILABLE)
-    assert len(world.flights) == world.streams - 1
+    assert len(world.flights) == FIRST_READS - 1
     world.run(lambda: len(wanted.order) == 1)
     assert len(world.flights) == world.streams
     world.run()

@@ -10,6 +10,7 @@ import pytest
 
 from tests.core.virtual import MIB, World
 from weightcache.core import loads
+from weightcache.core import peers as limits
 from weightcache.core import planner as rules
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.events import Done, Fetch, GiveUp, Got, Kind, LoadAdded, PeerHas, Reach
@@ -91,7 +92,7 @@ def test_all_peers_together_owe_a_bounded_amount() -> None:
 
     world.run(watch)
     assert isinstance(wanted.end, Done)
-    assert rules.HOST_BYTES <= most < rules.HOST_BYTES + CHUNK
+    assert limits.HOST_BYTES <= most < limits.HOST_BYTES + CHUNK
 
 
 def test_a_chunk_that_one_partial_holder_has_is_found_among_thousands() -> None:

@@ -15,7 +15,7 @@ from weightcache.version import __version__
 
 COMMANDS = [
     *("daemon", "pull", "path", "ls", "status", "peers", "pin", "unpin", "evict", "verify", "manifest", "publish"),
-    *("coldstart", "run"),
+    *("coldstart", "simulate", "run"),
 ]
 SECONDS = 1.5  # generous: it takes a tenth of that on an idle machine
 

@@ -19,12 +19,23 @@ from xxhash import xxh3_64_intdigest, xxh3_128_intdigest
 _PLACE = 64  # bits below a weight's place: the second hash
 
 
-class _Order(NamedTuple):
+class Order(NamedTuple):
     """In which order a member would take the parts."""
 
     key: bytes
     stride: int
     start: int
+
+    @classmethod
+    def of(cls, member: bytes, blob: bytes, prime: int) -> Order:
+        key = blob + member
+        drawn = xxh3_128_intdigest(key)
+        return cls(key, 1 + (drawn >> 64) % (prime - 1), drawn % (1 << 64) % prime)
+
+    def places(self, parts: int, prime: int) -> list[int]:
+        """The places of all parts."""
+        stride, start = self.stride, self.start
+        return [(stride * part + start) % prime for part in range(parts)]
 
     def place(self, part: int, prime: int) -> int:
         return (self.stride * part + self.start) % prime
@@ -40,8 +51,8 @@ class Homes:
         self.mine = (1 << parts) - 1  # the parts whose home is here, a bit each
         self._me = me
         self._blob = blob
-        self._prime = next(number for number in count(max(parts, 2)) if _is_prime(number))
-        self._orders = {me: self._order(me)}
+        self._prime = prime_from(parts)
+        self._orders = {me: Order.of(me, blob, self._prime)}
         self._homes = [me] * parts
         order = self._orders[me]
         self._least = [order.weight(part, order.place(part, self._prime)) for part in range(parts)]
@@ -57,7 +68,7 @@ class Homes:
         """A member more: it takes its share from all others."""
         if member in self._orders:
             return
-        order = self._orders[member] = self._order(member)
+        order = self._orders[member] = Order.of(member, self._blob, self._prime)
         step, part = self._walk(order)
         for place in range((max(self._least, default=0) >> _PLACE) + 1):
             if part < len(self._homes) and place <= self._least[part] >> _PLACE:
@@ -90,12 +101,7 @@ class Homes:
             part = (part + step) % self._prime
         return found
 
-    def _order(self, member: bytes) -> _Order:
-        key = self._blob + member
-        drawn = xxh3_128_intdigest(key)
-        return _Order(key, 1 + (drawn >> 64) % (self._prime - 1), drawn % (1 << 64) % self._prime)
-
-    def _walk(self, order: _Order) -> tuple[int, int]:
+    def _walk(self, order: Order) -> tuple[int, int]:
         """How to visit the parts in a member's order: the step from one to the next, and the first."""
         step = pow(order.stride, -1, self._prime)
         return step, -order.start * step % self._prime
@@ -104,6 +110,11 @@ class Homes:
         self._homes[part], self._least[part] = member, weight
         bit = 1 << part
         self.mine = self.mine | bit if member == self._me else self.mine & ~bit
+
+
+def prime_from(parts: int) -> int:
+    """The modulus of places."""
+    return next(number for number in count(max(parts, 2)) if _is_prime(number))
 
 
 def _is_prime(number: int) -> bool:

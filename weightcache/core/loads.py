@@ -15,10 +15,12 @@ from weightcache.core.events import LoadAdded, OfPeer, Peer, PeerGot, PeerHas, P
 from weightcache.core.ids import short
 from weightcache.core.layout import ChunkPlan
 from weightcache.core.peers import Peers
+from weightcache.core.scatter import Scatter
 from weightcache.core.turns import Turns
 
 PATIENCE = 30.0  # seconds without progress for which a load waits for resting peers when nobody else is left
 LONGEST_STALL = 300.0  # seconds without progress after which it ends although peers are still being tried
+FEW = 32  # holders whose chunks are put together for one decision
 NAMED = 3  # failed peers that a last word names
 
 
@@ -27,7 +29,9 @@ class Holders:
     """Which peers have which chunks of a blob."""
 
     holders: list[int]  # of each chunk: the peers that have some, and it
+    has: dict[int, int] = field(default_factory=dict)  # slot of a partial holder -> its chunks
     held: int = 0  # chunks that have such holders
+    levels: list[int] = field(default_factory=list)  # chunks that at least 1, 2, 4 ... such holders have
     partial: int = 0  # peers that have some
     complete: int = 0  # peers that have all
 
@@ -49,11 +53,31 @@ class Holders:
         if self.complete & bit:
             return
         self.partial |= bit
+        gained = self.has.get(slot, 0)
         for chunk in chunks:
-            if 0 <= chunk < len(self.holders):
-                if not self.holders[chunk]:
-                    self.held |= 1 << chunk
+            if 0 <= chunk < len(self.holders) and not self.holders[chunk] & bit:
                 self.holders[chunk] |= bit
+                gained |= 1 << chunk
+                count = self.holders[chunk].bit_count()
+                if not count & (count - 1):
+                    self._rise(chunk, count.bit_length() - 1)
+        self.has[slot] = gained
+
+    def _rise(self, chunk: int, level: int) -> None:
+        if not level:
+            self.held |= 1 << chunk
+        if level == len(self.levels):
+            self.levels.append(0)
+        self.levels[level] |= 1 << chunk
+
+    def held_by(self, slots: int) -> int:
+        """The chunks that any of these partial holders has; of many, those that anybody has."""
+        if slots.bit_count() > FEW:
+            return self.held
+        found = 0
+        for slot in members(slots):
+            found |= self.has[slot]
+        return found
 
     def lose(self, slot: int) -> None:
         """Forget what the peer has."""
@@ -61,7 +85,8 @@ class Holders:
         self.complete &= ~bit
         if self.partial & bit:
             self.partial ^= bit
-            self._strike(bit, range(len(self.holders)))
+            self._strike(slot, range(len(self.holders)))
+            del self.has[slot]
 
     def lack(self, slot: int, chunks: Iterable[int]) -> None:
         """The peer has not got these chunks, whatever it said."""
@@ -69,13 +94,18 @@ class Holders:
         if self.complete & bit:
             self.complete ^= bit
             self.gain(slot, range(len(self.holders)))
-        self._strike(bit, chunks)
+        self._strike(slot, chunks)
 
-    def _strike(self, bit: int, chunks: Iterable[int]) -> None:
+    def _strike(self, slot: int, chunks: Iterable[int]) -> None:
+        bit = 1 << slot
         for chunk in chunks:
             if self.holders[chunk] & bit:
                 self.holders[chunk] ^= bit
-                if not self.holders[chunk]:
+                self.has[slot] ^= 1 << chunk
+                count = self.holders[chunk].bit_count()
+                if not (count + 1) & count:
+                    self.levels[count.bit_length()] ^= 1 << chunk
+                if not count:
                     self.held ^= 1 << chunk
 
 
@@ -100,6 +130,7 @@ class Load(Holders):
     left: int  # how many are not had
     progressed: float  # when a chunk last arrived, or it was merely not this load's turn
     turns: Turns
+    scatter: Scatter
     far: Holders  # the holders of other datacenters; those of this one are the load's own
     flights: dict[int, list[int]] = field(default_factory=dict)  # chunk -> requests
     reading: int = 0  # requests outside
@@ -120,7 +151,7 @@ class Load(Holders):
         return cls(
             event.blob, event.plan, event.rank, event.origin, event.attempts, missing, local,
             left=missing.bit_count(), progressed=now, holders=[0] * count, far=Holders(holders=[0] * count),
-            turns=Turns(me, event.blob, event.plan, event.origin),
+            turns=Turns(me, event.blob, event.plan, event.origin), scatter=Scatter(me, event.blob, count),
         )  # fmt: skip
 
     def hear(self, slot: int, event: OfPeer, now: float) -> None:
@@ -130,13 +161,14 @@ class Load(Holders):
                 self.gain(slot, event.chunks)
                 self.turns.got(slot, event.chunks, now)
             case PeerReads():
-                self.turns.join(slot, event.peer)
+                if self.turns.join(slot, event.peer):
+                    self.scatter.join(event.peer)
                 self.turns.reads(slot, event.chunks, now)
             case PeerQuits():
-                self.turns.quit(slot)
+                self._quit(slot)
             case PeerHas(chunks=None):
                 self.learn(slot, ChunkSet(len(self.plan), full=True))
-                self.turns.quit(slot)
+                self._quit(slot)
             case PeerHas(chunks=ChunkSet() as chunks) if chunks.size == len(self.plan):
                 self.learn(slot, chunks)
 
@@ -150,6 +182,14 @@ class Load(Holders):
             case PeerHas(chunks=ChunkSet() as chunks) if chunks.size == len(self.plan):
                 self.far.learn(slot, chunks)
 
+    def _quit(self, slot: int) -> None:
+        if (name := self.turns.quit(slot)) is not None:
+            self.scatter.quit(name)
+
+    def demand(self, slot: int) -> int:
+        """How much of what is missing a holder has: the more, the better is it spared."""
+        return 1 + (self.missing & self.has.get(slot, self.missing)).bit_count()
+
     def length(self, chunk: int) -> int:
         return self.plan.span(chunk)[1]
 
@@ -157,7 +197,7 @@ class Load(Holders):
         """The peer is gone."""
         self.lose(slot)
         self.far.lose(slot)
-        self.turns.quit(slot)
+        self._quit(slot)
 
     def outside_gave(self, request: Request, now: float) -> None:
         """The origin, or a remote peer, has brought a chunk that ``request`` still awaits."""

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from weightcache.core.bits import members
 from weightcache.core.events import Peer
 
+HOST_BYTES = 256 << 20  # peers that together owe this much are asked for no more,
+HOST_LEAST, HOST_SECONDS = 16 << 20, 1.0  # nor those that owe this much, and what takes them so long
 PEER_BYTES = 64 << 20  # a peer that owes this much is asked for no more
 PEER_CHUNKS = 64
-PEER_SECONDS = 0.5  # nor one that owes what takes it this long
+PEER_SECONDS = 0.1  # nor one that owes what takes it this long
 UNPROVEN_CHUNKS = 2  # nor one that owes this many and never delivered any
 FIRST_RATE = 100e6  # bytes/s believed of a peer before it has sent anything
-LINK_RATE = 1e9  # bytes/s believed of this host's own link before anything has come
+LINK_RATE = 50e6  # bytes/s believed of this host's own link before anything has come: little is asked ahead
 LEAST_RATE = 1e3  # bytes/s: no peer is believed slower, or it would never be tried again
 RATE_WINDOW = 0.05  # seconds of delivering that make a measurement: chunks arrive in bursts
 SENDERS = 16  # that owe something at once: others are asked only for what none of these has
@@ -87,6 +90,16 @@ class Peers:
 
     def get(self, name: Peer) -> PeerState | None:
         return self._known.get(name)
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second that they deliver together."""
+        return self._all.rate
+
+    @property
+    def room(self) -> bool:
+        """Whether they may be asked for more: what is asked for late is asked of those who have least to do."""
+        return self.owed < min(HOST_BYTES, max(HOST_LEAST, HOST_SECONDS * self._all.rate))
 
     @property
     def next_rested(self) -> float:
@@ -181,8 +194,11 @@ class Peers:
             return senders & self.open
         return holders & self.open
 
-    def sample(self, among: int, length: int, draw: random.Random) -> Peer:
-        """One of a set of peers (not empty) for a chunk of ``length``: the less it owes for its rate, the likelier."""
+    def sample(
+        self, among: int, length: int, draw: random.Random, demand: Callable[[int], int] = lambda slot: 1
+    ) -> Peer:
+        """One of a set of peers (not empty) for a chunk of ``length``: the less it owes for its rate, and the less is
+        in ``demand`` that it has, the likelier."""
         drawn = []
         if among.bit_count() <= SENDERS:
             drawn = [self._slots[slot] for slot in members(among)]
@@ -191,7 +207,7 @@ class Peers:
             if among >> slot & 1:
                 drawn.append(self._slots[slot])
         found = [peer for peer in drawn if peer is not None]
-        weights = [peer.rate / (peer.owed + length) for peer in found]
+        weights = [peer.rate / (peer.owed + length) / demand(peer.slot) for peer in found]
         return draw.choices(found, weights)[0].name
 
     def _weigh(self, peer: PeerState, now: float) -> None:

@@ -8,7 +8,7 @@ everything in one order has one queue); loads are served by rank (small files, t
 and equals take turns. A chunk comes, in this order, from this host's own disk, from a peer that has it, from the
 origin. The origin is asked only when no usable peer has the chunk: one that is merely busy is waited for; and of what
 the whole swarm lacks, each member reads its share (turns.py), from there or from another datacenter (outside.py).
-Among holders one is sampled in proportion to rate / (bytes owed + length): never the best one, which all would pick.
+Which chunk, and from whom, is chosen in choice.py.
 
 Failures route by kind. A peer that failed rests for a growing while, then proves itself with one chunk; one that lied
 (wrong bytes, broken protocol) is not asked for LIAR_REST seconds. A request past its soft deadline is hedged, within a
@@ -25,9 +25,9 @@ import heapq
 import random
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
 
-from weightcache.core.bits import members, members_from_anywhere
+from weightcache.core.bits import members_from_anywhere
+from weightcache.core.choice import Choice
 from weightcache.core.events import (
     LIES,
     Action,
@@ -63,9 +63,7 @@ from weightcache.core.loads import Load, Request
 from weightcache.core.outside import Outside
 from weightcache.core.pace import Pace
 from weightcache.core.peers import NEVER, Peers, PeerState
-from weightcache.core.turns import ORIGIN_READ
 
-HOST_BYTES = 256 << 20  # peers that together owe this much are asked for no more
 LOCAL_CHUNKS = 4  # copies from this host's own disk at once
 SOFT_DEADLINE, LONGEST_SOFT = 2.0, 30.0  # seconds beyond four times the expected time until a request is hedged
 HARD_FACTOR = 4  # times the soft deadline, after which it is cancelled
@@ -76,7 +74,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 LONGEST_BUSY = 5.0  # seconds for which a peer's BUSY is believed at a time
 BUSY_PATIENCE = 10.0  # a peer that says BUSY for longer and delivers nothing has failed
 HEARTBEAT = 5.0
-CHUNKS_SEEN, LOADS_SEEN, LATE_SEEN = 16, 8, 4  # looked at in vain before a turn is given up: bounds one decision
+LOADS_SEEN, LATE_SEEN = 8, 4  # looked at in vain before a turn is given up: bounds one decision
 
 
 class Planner:
@@ -101,6 +99,7 @@ class Planner:
         self._loads: dict[bytes, Load] = {}
         self._queues: dict[int, deque[Load]] = {}  # by rank, ascending; whoever is looked at goes to the end
         self._peers = Peers()
+        self._choice = Choice(self._peers, self._outside, self._random)
         self._requests: dict[int, Request] = {}
         self._next = 0
         self._deadlines: list[tuple[float, int, bool]] = []  # heap of (when, request, hard)
@@ -110,6 +109,7 @@ class Planner:
         self._woken = NEVER  # the Wake that was sent last
         self._arrived = -NEVER  # when any chunk last did
         self._reading = self._copying = 0  # requests at origins, and at this host's own disk
+        self._reading_by_rank: dict[int, int] = {}
         self._asked = self._hedged = 0  # bytes, ever
         self._out: list[Action] = []
 
@@ -331,6 +331,7 @@ class Planner:
         self._copying += more * (request.via is Via.LOCAL)
         self._reading += more * request.outside
         load.reading += more * request.outside
+        self._reading_by_rank[load.rank] = self._reading_by_rank.get(load.rank, 0) + more * request.outside
 
     def _end(self, number: int, load: Load, now: float) -> list[int]:
         """Nothing more is awaited from request ``number``: what was, and no other request brings, is missing again."""
@@ -422,7 +423,7 @@ class Planner:
             heapq.heappop(self._deadlines)
         paces = (self._peer_pace.opens_at(now), self._origin_pace.opens_at(now)) if self._loads else ()
         deadlines = (entry[0] for entry in self._deadlines[:1])
-        at = min(self._beat, self._peers.next_rested, *self._pauses[:1], *deadlines, *paces)
+        at = min(self._beat, self._peers.next_rested, self._choice.again, *self._pauses[:1], *deadlines, *paces)
         if at < self._woken or self._woken <= now:
             self._woken = at
             if at < NEVER:
@@ -431,6 +432,8 @@ class Planner:
     # -- who is asked for what
 
     def _dispatch(self, now: float, *, thorough: bool) -> None:
+        if self._choice.again <= now:
+            self._choice.again = NEVER
         for queue in self._queues.values() if not self._congested else ():
             vain = 0
             while vain < len(queue) and (thorough or vain < LOADS_SEEN):
@@ -447,51 +450,25 @@ class Planner:
             if local and self._copying < LOCAL_CHUNKS:
                 self._ask(load, Via.LOCAL, [next(members_from_anywhere(local, self._random))], now)
                 return True
-        seen, peers = None if thorough else CHUNKS_SEEN, self._peers
-        able = peers.owed < HOST_BYTES and self._peer_pace.open(now)
+        peers, choice, found = self._peers, self._choice, None
+        able = peers.room and self._peer_pace.open(now)
         if able and (load.complete | load.partial) & peers.open:
-            some = wanted if load.complete & peers.open else wanted & load.held
-            likely = peers.askable(load.complete | load.partial) or thorough
-            for chunk in islice(members_from_anywhere(some, self._random), seen if likely else 1):
-                if askable := peers.askable(load.having(chunk)):
-                    self._ask(load, peers.sample(askable, load.length(chunk), self._random), [chunk], now)
-                    return True
-        usable = peers.open | peers.busy
-        origin, far = (
-            self._origin_open(load, now),
-            self._outside.may_ask(load, peers, now) if able and self._may_read(load) else 0,
-        )
-        if not load.complete & usable and (origin or far):
-            look, left_alone = load.turns.look, wanted & load.held if load.partial & ~usable else 0
-            wanted = load.turns.mine(wanted & ~load.spent | wanted & far, wanted & ~load.held | left_alone, usable, now)
-            if load.turns.look != look:
-                heapq.heappush(self._pauses, load.turns.look)
-            # What failed is tried again in order: soon it is known whether it can be had at all.
-            orders = [members(wanted & load.tried)]
-            orders += [members_from_anywhere(wanted & some, self._random) for some in (~load.held, left_alone)]
-            for order in orders:
-                for chunk in islice(order, seen):
-                    if load.holders[chunk] & usable:
-                        continue
-                    if far >> chunk & 1 and (askable := peers.askable(load.far.having(chunk))):
-                        self._ask(load, peers.sample(askable, load.length(chunk), self._random), [chunk], now)
-                        return True
-                    if origin and not load.spent >> chunk & 1 and not self._outside.waits(load, chunk, usable):
-                        self._ask(load, Via.ORIGIN, self._run(load, chunk, wanted), now)
-                        return True
-        return False
+            found = choice.of_peers(load, wanted, now, thorough=thorough)
+        if found is None and not load.complete & (peers.open | peers.busy):
+            origin = self._origin_open(load, now)
+            far = self._outside.may_ask(load, peers, now) if able and self._may_read(load) else 0
+            if origin or far:
+                found = choice.of_outside(load, wanted, now, origin=origin, far=far, thorough=thorough)
+        if found is None:
+            return False
+        self._ask(load, *found, now)
+        return True
 
     def _may_read(self, load: Load) -> bool:
         """Whether one more read from outside the own datacenter may be under way."""
-        return load.reading < load.turns.at_once(self._streams) and self._reading < self._streams
+        sooner = sum(count for rank, count in self._reading_by_rank.items() if rank < load.rank)
+        return load.reading + sooner < load.turns.at_once(self._streams) and self._reading < self._streams
 
     def _origin_open(self, load: Load, now: float) -> bool:
         free = self._may_read(load) and not (load.origin_failures and load.reading) and self._origin_pace.open(now)
         return load.origin is not Reach.NONE and free and now >= load.origin_rests_until
-
-    def _run(self, load: Load, chunk: int, wanted: int) -> list[int]:
-        """``chunk`` and the neighbours behind it that only the origin has, as far as one read goes."""
-        if load.origin is Reach.STREAM:  # all of it passes by anyway
-            return list(members(load.missing & ~load.local))
-        usable = self._peers.open | self._peers.busy
-        return load.run(chunk, wanted & ~load.spent & ~self._outside.kept(load, usable), usable, ORIGIN_READ)

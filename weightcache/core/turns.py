@@ -12,7 +12,8 @@ anything; so few take over the same part, and no part waits forever. A read that
 as long as reads take here counts as nobody's.
 
 Reads at once: the origin is shared, and a chunk is worth most to the swarm when it is whole. One read at first, one
-more after each that was quick, one less after each that was slow; a host that is alone is not held back.
+more after each that was quick, one less after each that was slow. A host that is alone begins with a few, as others may
+be about to start, and is not held back once any of these has ended.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ ORIGIN_READ = CHUNK  # bytes that one ranged read brings: a chunk, or a run of s
 SETTLE = 0.25  # seconds of idling before something is taken over: news of who reads what takes a moment
 DOUBLING = 0.5  # seconds in which the reach of an idle host doubles
 LOOK = 0.1  # seconds between two looks at what could be taken over
-QUICK = 1.0  # seconds: reads that take longer are not made faster by more of them
+FIRST_READS = 2  # at once, by a host that is alone
+QUICK = 0.3  # seconds: reads that take longer are not made faster by more of them
 READ_SECONDS = 1.0  # believed of a read before any has ended
 PATIENCE, LATE = 2.0, 4.0  # seconds, and times as long as reads take, after which a read counts as nobody's
 
@@ -42,6 +44,7 @@ class Turns:
         self._plan = plan
         self._origin = origin
         self._width = 1
+        self._ended = False  # whether any read of this host has
         self._seconds = READ_SECONDS  # that a read takes
         self._names: dict[int, Peer] = {}  # by slot: those that load the blob, too
         self._joined = 0  # their slots
@@ -58,18 +61,22 @@ class Turns:
 
     # -- news
 
-    def join(self, slot: int, name: Peer) -> None:
-        """A peer loads the blob, too."""
+    def join(self, slot: int, name: Peer) -> bool:
+        """A peer loads the blob, too; whether that is news."""
+        if slot in self._names:
+            return False
         self._names[slot] = name
         self._joined |= 1 << slot
+        return True
 
-    def quit(self, slot: int) -> None:
-        """It does not any more: it has all, gave up, or left."""
-        if slot in self._names:
-            self._seat(self._seated & ~(1 << slot))
-            self._forget(self._read_by(slot))
-            self._joined &= ~(1 << slot)
-            del self._names[slot]
+    def quit(self, slot: int) -> Peer | None:
+        """It does not any more: it has all, gave up, or left. Its name, if it did."""
+        if slot not in self._names:
+            return None
+        self._seat(self._seated & ~(1 << slot))
+        self._forget(self._read_by(slot))
+        self._joined &= ~(1 << slot)
+        return self._names.pop(slot)
 
     def reads(self, slot: int, chunks: Iterable[int], now: float) -> None:
         """It has begun to read these from the origin."""
@@ -91,6 +98,7 @@ class Turns:
     def took(self, seconds: float) -> None:
         """A read of this host has ended well."""
         self._learn(seconds)
+        self._ended = True
         self._width += 1 if seconds < QUICK else -1
         self._width = max(1, self._width)
 
@@ -106,7 +114,9 @@ class Turns:
         if self._origin is Reach.STREAM:
             return 1
         self._width = min(self._width, streams)
-        return self._width if self._joined else streams
+        if self._joined:
+            return self._width
+        return streams if self._ended else min(streams, FIRST_READS)
 
     def mine(self, wanted: int, unheld: int, usable: int, now: float) -> int:
         """Of the ``wanted`` chunks those that this host may read now. ``unheld``: those that perhaps no peer can give;
