@@ -72,8 +72,8 @@ class Node:
         key.write_text("of this benchmark only")
         settings = self._folder / "config.toml"
         lines = {
-            "store": str(self._folder / "store"), "socket": str(self._place.sockets / self.role.name), "listen": self.address,
-            "peers": list(peers), "cluster_key_file": str(key),
+            "store": str(self._folder / "store"), "socket": str(self._place.sockets / self.role.name),
+            "listen": self.address, "peers": list(peers), "cluster_key_file": str(key),
         }  # fmt: skip
         settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
         # What the user has set for daemons of their own is not for these.

@@ -90,8 +90,8 @@ async def stage(
     settings: Settings, config: Config, folder: Path, watcher: Watcher, *, network: bool
 ) -> AsyncIterator[Stage]:
     """The stage, set up in ``folder``; all of it is gone when the block ends. Raises ConfigError if it is too much."""
-    for place in {folder, Path(tempfile.gettempdir())}:
-        clear(place)
+    for below in {folder, Path(tempfile.gettempdir())}:
+        clear(below)
     name = f"{PREFIX}{os.getpid()}-{net.started(os.getpid())}-"
     async with contextlib.AsyncExitStack() as stack:
         try:
