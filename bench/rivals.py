@@ -15,6 +15,7 @@ from bench.rounds import Contender, Unavailable, timed
 from bench.standing import ROOT, Standing
 
 TIMEOUT = 120.0
+LOOPBACK = "127.0.0.1"
 DEBIAN = "apt-get install {}"
 PYPI = "pip install -e '.[bench]'"
 
@@ -141,7 +142,8 @@ def libtorrent(source: Path, folder: Path) -> Iterator[Contender]:
             if not ends:
                 ends.append(stack.enter_context(Standing("bench.torrent", "seed", str(source), str(meta))))
                 port = ends[0].line()
-                ends.append(stack.enter_context(Standing("bench.torrent", "fetch", str(meta), port)).start())
+                fetching = Standing("bench.torrent", "fetch", str(meta), LOOPBACK, f"{LOOPBACK}:{port}")
+                ends.append(stack.enter_context(fetching).start())
             target.mkdir()
 
         yield Contender(

@@ -1,19 +1,21 @@
-"""libtorrent's two ends, as processes: ``seed FILE META`` writes the torrent and prints its port; ``fetch META PORT``
-reads the name of a folder, brings the torrent there, and prints seconds; and again."""
+"""libtorrent's two ends, as processes: ``seed FILE META [HOST]`` writes the torrent and prints its port, and what it
+has sent whenever its input has a line; ``fetch META HOST ADDRESS...`` reads the name of a folder, brings the torrent
+there from those addresses (HOST:PORT), listening on HOST itself, and prints seconds; and again."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import libtorrent as lt
 
 PIECE = 4 << 20
+PORT = 6881  # of fetchers that have an address of their own
+LOOPBACK = "127.0.0.1"
 SETTINGS: Any = {
-    "listen_interfaces": "127.0.0.1:0",
     "enable_dht": False,
     "enable_lsd": False,
     "enable_upnp": False,
@@ -30,6 +32,10 @@ def wait(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
+def session(host: str, port: int = 0) -> Any:
+    return lt.session(SETTINGS | {"listen_interfaces": f"{host}:{port}"})
+
+
 def add(session: Any, info: Any, folder: Path) -> Any:
     """Add a torrent that begins at once; returns when what is there has been checked."""
     parameters = lt.add_torrent_params()
@@ -41,32 +47,36 @@ def add(session: Any, info: Any, folder: Path) -> Any:
     return torrent
 
 
-def seed(source: Path, meta: Path) -> None:
+def seed(source: Path, meta: Path, host: str = LOOPBACK, piece: str = str(PIECE)) -> None:
     files = [lt.create_file_entry(source.name, source.stat().st_size)]
-    torrent = lt.create_torrent(files, PIECE, lt.create_torrent.v1_only)
+    torrent = lt.create_torrent(files, int(piece), lt.create_torrent.v1_only)
     lt.set_piece_hashes(torrent, str(source.parent))
     meta.write_bytes(lt.bencode(torrent.generate()))
-    session = lt.session(SETTINGS)
-    seeding = add(session, lt.torrent_info(str(meta)), source.parent)
-    wait(lambda: seeding.status().is_seeding and session.listen_port())
-    print(session.listen_port(), flush=True)
-    sys.stdin.read()
+    running = session(host)
+    seeding = add(running, lt.torrent_info(str(meta)), source.parent)
+    wait(lambda: seeding.status().is_seeding and running.listen_port())
+    print(running.listen_port(), flush=True)
+    for _ in sys.stdin:
+        print(seeding.status().total_payload_upload, flush=True)
 
 
-def fetch(meta: Path, port: int) -> None:
-    session = lt.session(SETTINGS)
+def fetch(meta: Path, host: str, others: Sequence[str]) -> None:
+    running = session(host, PORT if host != LOOPBACK else 0)
     for folder in sys.stdin:
-        torrent = add(session, lt.torrent_info(str(meta)), Path(folder.rstrip("\n")))
+        torrent = add(running, lt.torrent_info(str(meta)), Path(folder.rstrip("\n")))
         began = time.perf_counter()
-        torrent.connect_peer(("127.0.0.1", port))
+        for other in others:
+            address, _, port = other.rpartition(":")
+            torrent.connect_peer((address, int(port)))
         wait(lambda: torrent.status().is_seeding)  # noqa: B023 - it is over before the next one
         print(time.perf_counter() - began, flush=True)
-        session.remove_torrent(torrent)
+        if host == LOOPBACK:  # in a swarm the others still want it
+            running.remove_torrent(torrent)
 
 
 if __name__ == "__main__":
-    role, first, second = sys.argv[1:]
+    role, first, second, *more = sys.argv[1:]
     if role == "seed":
-        seed(Path(first), Path(second))
+        seed(Path(first), Path(second), *more)
     else:
-        fetch(Path(first), int(second))
+        fetch(Path(first), second, more)

@@ -20,6 +20,7 @@ from weightcache.client import Client, Progress
 from weightcache.config import load_config
 from weightcache.errors import DaemonError, from_wire
 from weightcache.tools.coldstart_net import Network
+from weightcache.tools.coldstart_origin import variables
 from weightcache.tools.coldstart_settings import Role
 from weightcache.tools.seaweed import die_with_parent
 
@@ -241,10 +242,7 @@ class Origin:
         self._process = process
         self._log = log
         self.pid = process.pid
-        self.environ = {
-            "AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "not-a-secret",
-        }  # fmt: skip
+        self.environ = variables(endpoint)
 
     async def counts(self) -> tuple[int, int]:
         """Bytes of objects that it has sent, and requests it was asked. Raises DaemonError when it is gone."""

@@ -144,6 +144,14 @@ def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
+def variables(endpoint: str) -> dict[str, str]:
+    """What the environment of a client must hold to find the server at ``endpoint``."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "not-a-secret",
+    }  # fmt: skip
+
+
 def main(folder: str, host: str) -> None:
     server = Server(Path(folder), host)
     threading.Thread(target=server.serve_forever, daemon=True).start()
