@@ -38,6 +38,7 @@ COLUMNS = (
     Column("share", "of its link\nleast", "{:.2f}"),
     Column("most", "most one sent\ntimes fair share", "{:.2f}"),
     Column("busy", "cores busy\nshare", "{:.2f}"),
+    Column("ours", "by this\nshare", "{:.2f}"),
     Column("others", "by others\nshare", "{:.2f}"),
 )
 ABOUT = (
@@ -151,6 +152,7 @@ def _row(name: str, runs: Sequence[Played]) -> Row:
         "share": median(lambda one: min((node.line_share() or 0.0 for node in one.counted), default=None)),
         "most": median(_most_sent),
         "busy": median(lambda one: one.busy["all"] if one.busy else None),
+        "ours": median(lambda one: one.busy["ours"] + one.busy["network"] if one.busy else None),
         "others": median(lambda one: one.busy["others"] if one.busy else None),
     }
     note = "; ".join(_spread(runs)) if len(runs) > 1 else ""

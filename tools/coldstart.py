@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shlex
 import sys
@@ -165,7 +166,7 @@ def _tell(result: Result, report: Path | None, as_json: bool) -> int:
             "source": result.source,
             "size": result.size,
             "namespaces": result.namespaces,
-            "settings": {name: getattr(result.settings, name) for name in ("nodes", "link", "origin_link", "warm")},
+            "settings": dataclasses.asdict(result.settings),
             "machine": coldstart_machine.facts(),
             "summary": summary(result.runs, result.alone),
             "runs": [run.to_json() for run in result.runs],

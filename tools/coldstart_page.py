@@ -35,7 +35,7 @@ p { margin: .2rem 0 .6rem; color: var(--dim); max-width: 52rem; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .9rem 1.1rem 1rem; }
 .tile b { display: block; font-size: 2.5rem; line-height: 1.15; letter-spacing: -.03em;
   font-variant-numeric: tabular-nums; }
-.tile.first { background: var(--peers); border-color: var(--peers); color: #fff; }
+.tile.first { background: #0072b2; border-color: #0072b2; color: #fff; }
 .tile.first span, .tile.first small { color: #fff; }
 .tile span { font-weight: 600; }
 .tile small { display: block; color: var(--dim); }
