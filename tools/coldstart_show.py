@@ -35,7 +35,7 @@ class Bars:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._line = progress.add_task("", total=None, said="")
+        self._line = progress.add_task("", total=None, said=None)
         self._tasks: dict[str, TaskID] = {}
 
     def say(self, text: str) -> None:
@@ -69,15 +69,24 @@ def watching() -> Iterator[Watcher]:
     if not sys.stderr.isatty():
         yield Quiet()
         return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn
+    from rich.console import RenderableType
+    from rich.progress import BarColumn, DownloadColumn, ProgressColumn, Task, TextColumn
+    from rich.text import Text
 
     from weightcache.tools.progress import live
 
-    shown = (
-        TextColumn("{task.description}", markup=False), BarColumn(24), DownloadColumn(),
-        TextColumn("{task.fields[said]}", markup=False),
-    )  # fmt: skip
-    with live(*shown) as progress:
+    class OfNodes(ProgressColumn):
+        """A column that the line above the bars does not have."""
+
+        def __init__(self, column: ProgressColumn) -> None:
+            super().__init__()
+            self._column = column
+
+        def render(self, task: Task) -> RenderableType:
+            return self._column(task) if task.fields["said"] is not None else Text()
+
+    columns = (BarColumn(24), DownloadColumn(), TextColumn("{task.fields[said]}", markup=False))
+    with live(TextColumn("{task.description}", markup=False), *map(OfNodes, columns)) as progress:
         yield Bars(progress)
 
 

@@ -138,6 +138,13 @@ def test_a_source_is_copied_once_and_served_whole(cli: Cli, tmp_path: Path) -> N
     assert [node["correct"] for node in said["runs"][0]["nodes"]] == [True, True]
 
 
+def test_a_worker_loads_it_onto_its_device(cli: Cli) -> None:
+    said = answer(cli("coldstart", "--size=4MB", "--nodes=1", "--loopback", "--no-baseline", "--load=cpu", "--json"))
+    (node,) = said["runs"][0]["nodes"]
+    assert node["device"] is not None
+    assert node["seconds"] >= node["device"] + sum(node["stages"].values()) - 0.01
+
+
 # -- a fleet that is there
 
 
