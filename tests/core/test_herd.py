@@ -1,7 +1,7 @@
 """Fleets that want the same blob at once: the origin is read once, the last host ends close to the bound.
 
-Each case plays kept seeds and one that is new in each run; a seed that failed once belongs into ``KEPT``. The bounds are
-the worst of 80 seeds and a little; the goals (1.2 to 1.3) are not reached with chunks of 8 MiB on so small an object.
+Each case plays kept seeds and one that is new in each run; a seed that failed once belongs into ``KEPT``. The bounds
+are the worst of 80 seeds and a little; the goals (1.2 to 1.3) need smaller chunks or larger objects.
 """
 
 from __future__ import annotations

@@ -40,12 +40,15 @@ class Choice:
         """A chunk of the ``wanted``, and who should be asked for it."""
         peers = self._peers
         holders = load.complete | load.partial
-        some = wanted if load.complete & peers.open else wanted & load.held_by(peers.askable(load.partial))
+        alone = load.scatter.alone  # then nobody's uplink is everybody's queue
+        held = load.held if alone else load.held_by(peers.askable(load.partial))
+        some = wanted if load.complete & peers.open else wanted & held
         seen = None if thorough else CHUNKS_SEEN if peers.askable(holders) else 1
         for chunk in islice(self._in_turn(load, some, now), seen):
             if askable := peers.askable(load.having(chunk)):
                 load.scatter.idle = None
-                return peers.sample(askable, load.length(chunk), self._random, load.demand), [chunk]
+                demand = None if alone else load.demand
+                return peers.sample(askable, load.length(chunk), self._random, demand), [chunk]
         return None
 
     def _in_turn(self, load: Load, wanted: int, now: float) -> Iterator[int]:

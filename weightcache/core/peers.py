@@ -194,9 +194,7 @@ class Peers:
             return senders & self.open
         return holders & self.open
 
-    def sample(
-        self, among: int, length: int, draw: random.Random, demand: Callable[[int], int] = lambda slot: 1
-    ) -> Peer:
+    def sample(self, among: int, length: int, draw: random.Random, demand: Callable[[int], int] | None = None) -> Peer:
         """One of a set of peers (not empty) for a chunk of ``length``: the less it owes for its rate, and the less is
         in ``demand`` that it has, the likelier."""
         drawn = []
@@ -207,7 +205,9 @@ class Peers:
             if among >> slot & 1:
                 drawn.append(self._slots[slot])
         found = [peer for peer in drawn if peer is not None]
-        weights = [peer.rate / (peer.owed + length) / demand(peer.slot) for peer in found]
+        weights = [peer.rate / (peer.owed + length) for peer in found]
+        if demand is not None:
+            weights = [weight / demand(peer.slot) for weight, peer in zip(weights, found, strict=True)]
         return draw.choices(found, weights)[0].name
 
     def _weigh(self, peer: PeerState, now: float) -> None:
