@@ -5,6 +5,8 @@ source (``s3://``, ``hf://``, ...), and give tensors over the cached file itself
 ``snapshot_download`` stands in for that of huggingface_hub. ``install`` makes safetensors itself, and the
 ``from_pretrained`` of diffusers and transformers, take sources: their callers change nothing. ``stream_file`` and
 ``stream_snapshot`` give tensors on a device as they land, in memory of their own; each such load has a ``LoadReport``.
+``load_pipeline`` gives a whole diffusers pipeline (``wait`` and ``report_of`` go with it), ``load_lora`` adds to one,
+and ``swap`` makes another one of it in place. diffusers and transformers are imported when they are first needed.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from weightcache.runtime.download import snapshot_download
     from weightcache.runtime.installing import install, installed, uninstall
+    from weightcache.runtime.loaded import report_of, wait
     from weightcache.runtime.loader import load, load_file, load_model, safe_open
+    from weightcache.runtime.lora import load_lora
+    from weightcache.runtime.pipeline import load_pipeline
     from weightcache.runtime.report import LoadReport
     from weightcache.runtime.stream import stream_file, stream_snapshot
+    from weightcache.runtime.swapping import swap
 
 __all__ = [
     "LoadReport",
@@ -25,12 +31,17 @@ __all__ = [
     "installed",
     "load",
     "load_file",
+    "load_lora",
     "load_model",
+    "load_pipeline",
+    "report_of",
     "safe_open",
     "snapshot_download",
     "stream_file",
     "stream_snapshot",
+    "swap",
     "uninstall",
+    "wait",
 ]
 
 # Each is imported when it is first asked for: what is installed in every child process must not cost it torch.
@@ -46,6 +57,11 @@ _HOMES = {
     "LoadReport": "report",
     "stream_file": "stream",
     "stream_snapshot": "stream",
+    "load_lora": "lora",
+    "load_pipeline": "pipeline",
+    "report_of": "loaded",
+    "swap": "swapping",
+    "wait": "loaded",
 }
 
 

@@ -133,6 +133,14 @@ def test_nothing_below_the_runtime_loads_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_runtime_loads_no_library_before_it_is_needed() -> None:
+    program = (
+        "import sys, weightcache.runtime\nprint(sorted({'diffusers', 'transformers', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize(
     ("package", "names"),
     [
@@ -146,7 +154,7 @@ def test_nothing_below_the_runtime_loads_torch() -> None:
         (
             weightcache.runtime,
             """install installed load load_file load_model safe_open snapshot_download uninstall
-            stream_file stream_snapshot LoadReport""",
+            stream_file stream_snapshot LoadReport load_pipeline load_lora report_of swap wait""",
         ),
     ],
 )

@@ -262,6 +262,16 @@ class Worker:
                     raise
                 await asyncio.sleep(0.1)
 
+    def manifest(self, source: str) -> list[Json]:
+        return self._portal.run(self._ask_manifest(source))
+
+    async def _ask_manifest(self, source: str) -> list[Json]:
+        self._stay()
+        try:
+            return await self.client.manifest(source)
+        finally:
+            self._leave()
+
     def _stay(self) -> None:
         self._open += 1
         if self._leaving is not None:
@@ -306,6 +316,11 @@ def _running() -> Worker:
 def open_file(source: str) -> OpenFile:
     """Load one file and return once it may be mapped. Raises SourceError for a directory, and its kin."""
     return _running().open(source, single=True).files[0]
+
+
+def manifest_of(source: str) -> list[Json]:
+    """The files of a source with their chunks, as ``Client.manifest`` gives them."""
+    return _running().manifest(source)
 
 
 def open_snapshot(source: str | os.PathLike[str]) -> OpenSnapshot:
