@@ -72,16 +72,21 @@ def put(s3: S3Server, name: str, seed: int) -> tuple[str, bytes, str]:
     return f"s3://embedded/{name}", data, hashlib.sha256(memoryview(data)[-COUNT * CHUNK :]).hexdigest()
 
 
+def assert_once(s3: S3Server, size: int) -> None:
+    """Its origin sent everything once, and besides only the answers that nothing is published beside an object."""
+    assert size <= s3.proxy.egress < size + 1024
+
+
 def test_one_line_loads_without_a_daemon(s3: S3Server, env: dict[str, str], tmp_path: Path) -> None:
     source, data, digest = put(s3, "line.safetensors", 1)
     with Worker(tmp_path / "log", env) as worker:
         assert worker.run(LOAD, f"digest({source!r})") == digest
-        assert s3.proxy.egress == len(data)
+        assert_once(s3, len(data))
         assert worker.end() == 0
     with Worker(tmp_path / "log", env) as worker:  # the next process finds it
         assert worker.run(LOAD, f"digest({source!r})") == digest
         assert worker.end() == 0
-    assert s3.proxy.egress == len(data)
+    assert_once(s3, len(data))
     assert (tmp_path / "log").read_text() == ""
     shown = cli("path", source, env=env)
     assert Path(shown.stdout.strip()).read_bytes() == data
@@ -95,7 +100,7 @@ def test_a_client_pulls_several_at_once(s3: S3Server, env: dict[str, str], tmp_p
             [hashlib.sha256(data).hexdigest(), {"local": 0, "peer": {}, "origin": len(data)}] for data in (one, two)
         ]
         assert worker.end() == 0
-    assert s3.proxy.egress == len(one) + len(two)
+    assert_once(s3, len(one) + len(two))
 
 
 def test_two_processes_take_turns_on_one_store(s3: S3Server, env: dict[str, str], tmp_path: Path) -> None:
@@ -106,7 +111,7 @@ def test_two_processes_take_turns_on_one_store(s3: S3Server, env: dict[str, str]
         for worker in (one, two):
             worker.start("", f"digest({source!r})")
         assert [worker.result() for worker in (one, two)] == [digest, digest]
-        assert s3.proxy.egress == len(data)
+        assert_once(s3, len(data))
         assert [worker.end() for worker in (one, two)] == [0, 0]
 
 
@@ -131,7 +136,7 @@ def test_many_workers_of_a_daemon_are_one_load(s3: S3Server, tmp_path: Path) -> 
     source, data, _ = put(s3, "many.safetensors", 6)
     with Daemon(tmp_path / "a") as host, ThreadPoolExecutor(WORKERS) as threads:
         reports = list(threads.map(host.pull, [source] * WORKERS))
-        assert s3.proxy.egress == len(data)
+        assert_once(s3, len(data))
         assert {Path(report["path"]).read_bytes() == data for report in reports} == {True}
         with host.client() as client:
             wait_until(lambda: client.ls()["blobs"][0]["leases"] == 0, 10, "all leases to end")
