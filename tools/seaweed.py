@@ -131,7 +131,7 @@ class Seaweed:
             "-master.telemetry=false",
             "-master.peers=none",  # a single master: no election to wait for
             "-master.volumeSizeLimitMB=256",
-            "-volume.max=64",
+            "-volume.max=1000",  # every bucket has some of its own
         ]
 
     def _bucket(self, name: str) -> S3Store:

@@ -49,6 +49,20 @@ def test_hosts_that_start_together_read_the_origin_once(s3: S3Server, tmp_path: 
             assert from_peers(report) + report["bytes_by_source"]["origin"] == len(data)
 
 
+def test_hosts_that_boot_at_the_same_moment_know_each_other(tmp_path: Path) -> None:
+    """Each is in the list of all others; who connects while another is still starting hears all that it serves."""
+    hosts = [Daemon(tmp_path / str(index)) for index in range(HOSTS)]
+    for host in hosts:
+        host.options += [f"--peer={other.address}" for other in hosts if other is not host]
+    with ExitStack() as stack, ThreadPoolExecutor(HOSTS) as threads:
+        list(threads.map(stack.enter_context, hosts))
+        for host in hosts:
+            host.meets(*(other for other in hosts if other is not host))
+            with host.client() as client:
+                known = [peer for peer in client.peers() if peer["state"] != "unreachable"]
+            assert all(peer["bulk"] and peer["datacenter"] == "default" for peer in known)
+
+
 def test_a_host_that_dies_is_made_up_for(s3: S3Server, tmp_path: Path) -> None:
     data = tensors(64, TENSOR, seed=1)
     s3.put("main", "dies.safetensors", data)

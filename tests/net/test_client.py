@@ -122,7 +122,7 @@ def test_what_the_peer_refuses_is_told_with_its_reason(server: socket.socket, ta
     assert target.read_bytes()[3 * len(DATA) :] == DATA
 
 
-@pytest.mark.parametrize("expected", [ID, b""])
+@pytest.mark.parametrize("expected", [ID, b""], ids=["known", "unknown"])
 def test_wrong_bytes_are_never_written(server: socket.socket, target: Path, expected: bytes) -> None:
     with Receiver() as receiver:
         aim(receiver, server.getsockname()[1], target)

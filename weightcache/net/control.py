@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -270,20 +271,29 @@ class ControlServer:
             ControlConnection, Role.SERVER, key, node_id, introduce, handler,
             limit=limit, handshake=handshake, keepalive=keepalive, on_open=self._opened, unproven=self._unproven,
         )  # fmt: skip
+        self._sock: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self.connections: set[ControlConnection] = set()
 
+    def bind(self) -> int:
+        """Take the address; returns the port. Who connects waits for ``start``. Raises DaemonError when it cannot be
+        had."""
+        self._sock = listen(self._host, self._port)
+        return int(self._sock.getsockname()[1])
+
     async def start(self) -> int:
-        """Listen; returns the port. Raises DaemonError when the address cannot be had."""
+        """Accept who connects; returns the port. Raises DaemonError when the address cannot be had."""
+        port = self.bind() if self._sock is None else int(self._sock.getsockname()[1])
         loop = asyncio.get_running_loop()
-        sock = listen(self._host, self._port)
-        self._server = await loop.create_server(lambda: self._connection().stream, sock=sock)
-        return int(sock.getsockname()[1])
+        self._server = await loop.create_server(lambda: self._connection().stream, sock=self._sock)
+        return port
 
     async def close(self) -> None:
         """Stop listening, and close every connection."""
         if self._server is not None:
             self._server.close()
+        elif self._sock is not None:
+            self._sock.close()
         self._unproven.close()
         await asyncio.gather(*(connection.close() for connection in self.connections))
 

@@ -93,13 +93,13 @@ class Node:
         config = self.config
         control = bulk = ""
         if self._serve:
-            port = await self.swarm.listen(listen)
+            port = self.swarm.listen(listen)
             bulk_port = await self.serving.listen(Address(listen.host, port + 1 if listen.port else 0))
             self.address = Address(config.advertised, port)
             control, bulk = str(self.address), str(Address(config.advertised, bulk_port))
         else:
             self.address = Address(config.advertised, 0)
-        self.swarm.introduce(Info(config.datacenter, control, bulk, __version__))
+        await self.swarm.introduce(Info(config.datacenter, control, bulk, __version__))
         self._directory = open_directory(config, key)
         me = Member(self.address.host, self.address.port, self.store.node_id)
         self.swarm.rolls.registry = registry_of(self._directory)

@@ -154,16 +154,19 @@ class Swarm:
         self._tried.set()
         self.troubles: dict[str, str] = {}  # member's address -> why it is not connected
 
-    async def listen(self, address: Address) -> int:
-        """Accept peers; returns the port. Raises DaemonError when the address is taken."""
+    def listen(self, address: Address) -> int:
+        """Take the address; returns the port. Raises DaemonError when it is taken."""
         self._server = ControlServer(
             address.host, address.port, self._key, self._id, self._introduce, self._handle, self._connected
         )
-        return await self._server.start()
+        return self._server.bind()
 
-    def introduce(self, info: Info) -> None:
-        """Set what peers are told of this host."""
+    async def introduce(self, info: Info) -> None:
+        """Tell peers this of the host from now on. Only then are they accepted: who came earlier would believe for as
+        long as it is connected that nothing is served here."""
         self._info = info
+        if self._server is not None:
+            await self._server.start()
 
     def _introduce(self) -> bytes:
         return self._info.encode()
