@@ -38,6 +38,7 @@ TABLES = {
     "warm": ("bench.load", "load_file from the page cache, beside safetensors"),
     "stream": ("bench.stream", "stream_file and the ring, beside the bound, safetensors, Run:ai and others"),
     "stream-cold": ("bench.cold", "stream_snapshot from a peer over a link shaped to 1 Gbit/s; needs root"),
+    "pipeline": ("bench.pipeline", "load_pipeline beside from_pretrained, from the page cache, to the CPU"),
     "planner": ("bench.planner", "what one decision of the planner costs"),
     "landing": ("bench.landing", "ways to move a chunk from process to process"),
     "dirty": ("bench.dirty", "a pull of three times the kernel's dirty limit"),

@@ -51,14 +51,18 @@ class Standing:
             raise Unavailable(f"{self._command[-1]}: the process ended ({self._process.wait()})")
         return said
 
-    def seconds(self, work: object) -> float:
-        """Have it do ``work``."""
+    def ask(self, work: object) -> str:
+        """Have it do ``work``; what it answers."""
         self.start()
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(f"{work}\n".encode())
         self._process.stdin.flush()
-        return float(self.line())
+        return self.line()
+
+    def seconds(self, work: object) -> float:
+        """Have it do ``work``."""
+        return float(self.ask(work))
 
     def pids(self) -> list[int]:
         return [self._process.pid] if self._process is not None else []

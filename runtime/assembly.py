@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import tempfile
@@ -83,3 +84,17 @@ def unquestioned() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(known)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles. It would go through all that lives in the process, hundreds of milliseconds with
+    these libraries, because modules are many objects: next to none of which are garbage.
+    """
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.enable()

@@ -23,7 +23,7 @@ import torch
 from weightcache.core.components import rank
 from weightcache.errors import WeightcacheError
 from weightcache.openfile import OpenFile, OpenSnapshot, open_snapshot
-from weightcache.runtime.assembly import await_files, is_heavy, readable, rename, unquestioned
+from weightcache.runtime.assembly import await_files, is_heavy, readable, rename, uncollected, unquestioned
 from weightcache.runtime.bringing import Bringing
 from weightcache.runtime.checkpoint import NotPlain, read_whole, stored_tensors, weight_files
 from weightcache.runtime.device import DeviceName, Target, target_of
@@ -70,7 +70,7 @@ def load_pipeline(
     report = report or LoadReport(str(source), str(target.name))
     loading = _Loading(open_snapshot(source), str(source), target, mapped, report)
     try:
-        with report.stage("build"):
+        with report.stage("build"), uncollected():
             pipe = loading.pipeline(cls, dtype, variant, options)
         if not overlap:
             loading.bringing.wait()
@@ -159,7 +159,8 @@ class _Loading:
         tensors = arrivals(stored.values(), self._place)
         real = os.path.join(self._snapshot.directory, name)
         module = build(kind, folder / name, real, dtype, tensors)
-        module.to(self._target.name)  # buffers that no file has: the rest is there
+        if self._target.name.type != "cpu":
+            module.to(self._target.name)  # buffers that no file has: the rest is there
         self.bringing.add(name, module, [arriving for arriving in tensors.values() if arriving.tensor is not None])
         self._held[name] = dict(self._hold(module, tensors))
         return module

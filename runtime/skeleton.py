@@ -99,6 +99,7 @@ def _diffusers_model(
         raise NotPlain(_difference(missing, more))
     keep = kind._keep_in_fp32_modules or []
     keep = [keep] if isinstance(keep, str) else keep
+    owners = dict(module.named_modules(remove_duplicate=False))
     for key, arriving in tensors.items():
         empty, stored = expected[key], arriving.stored
         if tuple(empty.shape) != stored.shape:
@@ -108,14 +109,14 @@ def _diffusers_model(
             target = torch.float32 if any(part in key.split(".") for part in keep) else dtype
         elif not stored.dtype.is_floating_point and stored.dtype != target:
             raise NotPlain(f"{key} is {stored.dtype}, not {target}")
-        _assign(module, key, arriving.to(dtype=target))
+        _assign(owners, key, arriving.to(dtype=target))
     module.register_to_config(_name_or_path=name)
     return module.eval()  # type: ignore[no-any-return]
 
 
-def _assign(module: torch.nn.Module, key: str, tensor: torch.Tensor) -> None:
+def _assign(owners: Mapping[str, torch.nn.Module], key: str, tensor: torch.Tensor) -> None:
     path, _, leaf = key.rpartition(".")
-    owner = module.get_submodule(path)
+    owner = owners[path]
     if leaf in owner._buffers:
         owner._buffers[leaf] = tensor
         return
