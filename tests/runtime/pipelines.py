@@ -31,6 +31,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPConfig,
@@ -218,8 +219,24 @@ def wan(folder: Path) -> Any:
     )  # fmt: skip
 
 
-def image_encoder() -> CLIPVisionModelWithProjection:
-    return CLIPVisionModelWithProjection(vision())
+def ip_adapter(folder: Path) -> Any:
+    """SD with an image encoder; its adapter lies in ``folder``."""
+    parts = sd_parts(folder) | {"safety_checker": None}
+    save_file(_adapter(parts["unet"]), folder / "adapter.safetensors")
+    encoder = CLIPVisionModelWithProjection(vision())
+    return StableDiffusionPipeline(**parts, image_encoder=encoder, requires_safety_checker=False)
+
+
+def _adapter(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """An IP-Adapter of four tokens, as its files name the tensors: layers by the odd numbers."""
+    shapes = {"proj.weight": (4 * WIDTH, WIDTH), "proj.bias": (4 * WIDTH,), "norm.weight": (WIDTH,)}
+    found = {f"image_proj.{name}": torch.randn(shape) for name, shape in (shapes | {"norm.bias": (WIDTH,)}).items()}
+    crossing = [name for name in unet.attn_processors if "attn2" in name]
+    for number, name in enumerate(crossing):
+        width = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        for leaf in ("to_k_ip", "to_v_ip"):
+            found[f"ip_adapter.{2 * number + 1}.{leaf}.weight"] = torch.randn(width, WIDTH)
+    return found
 
 
 def _image(call: Callable[..., Any], **options: Any) -> torch.Tensor:
@@ -236,6 +253,16 @@ def _image(call: Callable[..., Any], **options: Any) -> torch.Tensor:
 
 def _controlled(pipe: Any) -> torch.Tensor:
     return _image(pipe, image=torch.full((1, 3, 32, 32), 0.5), height=32, width=32)
+
+
+def _prompted_by_image(pipe: Any) -> torch.Tensor:
+    plain = _image(pipe, height=32, width=32, ip_adapter_image=None)
+    folder = Path(pipe.config["_name_or_path"]).parent / "vocabulary"
+    pipe.load_ip_adapter(folder, subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
+    image = torch.linspace(-1, 1, 3 * 30 * 30).reshape(1, 3, 30, 30)
+    prompted = _image(pipe, height=32, width=32, ip_adapter_image=image)
+    assert not torch.equal(prompted, plain)
+    return prompted
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +284,7 @@ KINDS = {
     "flux": Kind(flux, _run(height=32, width=32, max_sequence_length=16)),
     "wan": Kind(wan, _run(height=16, width=16, num_frames=5, max_sequence_length=16)),
     "controlnet": Kind(controlnet, _controlled),
+    "ip-adapter": Kind(ip_adapter, _prompted_by_image),
 }
 
 
