@@ -13,6 +13,7 @@ import asyncio
 import io
 from typing import Any
 
+import torch
 from aiohttp import web
 
 from weightcache.errors import WeightcacheError
@@ -25,7 +26,7 @@ class Server:
         self._turn = asyncio.Lock()
 
     async def draw(self, request: web.Request) -> web.Response:
-        """The image of a prompt, as PNG; {"prompt", "lora"?, "steps"?, "size"?}."""
+        """The image of a prompt, as PNG; {"prompt", "lora"?, "steps"?, "size"?, "seed"?}."""
         asked = await request.json()
         try:
             async with self._turn:
@@ -36,10 +37,12 @@ class Server:
 
     def _draw(self, asked: dict[str, Any]) -> bytes:
         pipe, lora, size = self._pipe, asked.get("lora"), asked.get("size")
+        noise = torch.Generator().manual_seed(asked["seed"]) if "seed" in asked else None
         try:
             if lora:
                 load_lora(pipe, lora, adapter_name="request")
-            image = pipe(asked["prompt"], num_inference_steps=asked.get("steps", 20), height=size, width=size).images[0]
+            steps = asked.get("steps", 20)
+            image = pipe(asked["prompt"], num_inference_steps=steps, height=size, width=size, generator=noise).images[0]
         finally:
             if lora:
                 pipe.unload_lora_weights()

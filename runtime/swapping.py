@@ -56,7 +56,7 @@ def swap(
     Nobody may use the pipeline meanwhile. The report has the bytes that were moved, and what could not be compared.
 
     Raises SourceError, before anything is changed, when names, shapes or dtypes do not fit; whatever opening the source
-    raises, likewise; LoadFailed if copying breaks off, saying which tensors are of which source by then. ValueError
+    raises, likewise; LoadFailed if copying breaks off, saying which tensors are new by then. ValueError
     while LoRAs are fused: their weights are no longer those of a file.
     """
     if getattr(pipe, "num_fused_loras", 0):
@@ -207,7 +207,7 @@ class _Same:
 
 def _copy(changes: list[_Change], source: str, loaded: Loaded, report: LoadReport) -> None:
     staged: dict[int, torch.Tensor | None] = {}
-    done = 0
+    new = 0  # tensors, from the first
 
     def pieces() -> Iterator[Piece]:
         for index, change in enumerate(changes):
@@ -219,10 +219,11 @@ def _copy(changes: list[_Change], source: str, loaded: Loaded, report: LoadRepor
     target = target_of(changes[0].tensor.device)
     try:
         with Streamer(target, report=report) as streamer:
-            for done in streamer.copy(pieces()):
-                change, staging = changes[done], staged.pop(done)
+            for index in streamer.copy(pieces()):
+                change, staging = changes[index], staged.pop(index)
                 if staging is not None:
                     cast(change.stored, change.tensor, staging)
+                new = index + 1
                 report.landed(change.stored.end - change.stored.begin)
             target.now().synchronize()
     except BaseException as error:
@@ -231,6 +232,8 @@ def _copy(changes: list[_Change], source: str, loaded: Loaded, report: LoadRepor
                 held.path = ""
         if not isinstance(error, Exception):
             raise
-        parts = ", ".join(dict.fromkeys(change.component for change in changes))
-        text = f"{source}: broke off after {done} of {len(changes)} tensors of {parts}, which are of two sources now"
+        names = ", ".join(f"{change.component}.{change.stored.name}" for change in changes[:new]) or "none"
+        text = (
+            f"{source}: broke off after {new} of {len(changes)} tensors; new: {names}; the others may be old or mixed"
+        )
         raise LoadFailed(f"{text}; swap again, or load the pipeline anew: {error}") from error

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import io
+import json
 import os
 import re
+import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,17 +20,19 @@ import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.fleet.daemons import Daemon
 from tests.fleet.weights import CHUNK, tensors
 from tests.fleet.workers import Worker
 from tests.runtime import pipelines
-from tests.servers.loop import wait_until
+from tests.servers.loop import accepts, free_ports, spawn, wait_until
 from tests.servers.s3 import S3Server
 from weightcache import openfile
-from weightcache.errors import DaemonError, SourceChanged, SourceError
-from weightcache.runtime import load_lora, load_pipeline, report_of, swap, wait
+from weightcache.errors import DaemonError, LoadFailed, SourceChanged, SourceError
+from weightcache.openfile import OpenFile
+from weightcache.runtime import load_lora, load_pipeline, report_of, swap, swapping, wait
 
 BUCKET = "pipelines"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -176,6 +183,37 @@ def test_a_lora_of_a_source_is_what_diffusers_makes_of_its_file(here: S3Server, 
         assert torch.equal(drawn(pipe), plain)
 
 
+def test_the_lora_server(here: S3Server, host: Daemon, base: Path, tmp_path: Path) -> None:
+    folder = lora(tmp_path / "lora", base, 1)
+    source, port = put(here, folder, "served-lora"), free_ports(1)[0]
+    example = Path(__file__).parents[2] / "examples" / "lora_server.py"
+    command = [sys.executable, str(example), put(here, base, "served"), f"--port={port}"]
+    asked = {"prompt": "a cat", "steps": 2, "size": 32, "seed": 0}
+
+    def draw(**more: str) -> bytes:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/", json.dumps(asked | more).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.headers["Content-Type"] == "image/png"
+            return bytes(answer.read())
+
+    server = spawn(command, env=os.environ | host.worker_env)
+    try:
+        wait_until(lambda: accepts(port), 60, "the server")
+        plain, tuned = draw(), draw(lora=source)
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            draw(lora=f"s3://{BUCKET}/nowhere.safetensors")
+        assert draw() == plain != tuned
+    finally:
+        server.kill()
+        server.wait()
+    pipe = DiffusionPipeline.from_pretrained(str(base))
+    for data in (plain, tuned):
+        noise = torch.Generator().manual_seed(0)
+        image = pipe("a cat", num_inference_steps=2, height=32, width=32, generator=noise).images[0]
+        assert list(Image.open(io.BytesIO(data)).getdata()) == list(image.getdata())
+        pipe.load_lora_weights(str(folder))
+
+
 def test_a_lora_overtakes_a_large_load(here: S3Server, host: Daemon) -> None:
     here.put(BUCKET, "large/unet.safetensors", tensors(20, CHUNK, seed=1))
     here.put(BUCKET, "light/lora.safetensors", tensors(1, 3 << 20, seed=2))
@@ -273,6 +311,41 @@ def test_what_does_not_fit_changes_nothing(
     assert torch.equal(drawn(pipe), before)
     with pytest.raises(SourceError, match="the pipeline has no controlnet"):
         swap(pipe, tuned, components=["unet", "controlnet"])
+
+
+class Cut(OpenFile):
+    """A file that loses its end once all of it was there."""
+
+    def wait(self, begin: int, end: int) -> None:
+        if end == self.size:
+            os.truncate(self.path, self.size // 2)
+
+
+def test_a_swap_that_breaks_off_says_what_is_new(
+    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load_pipeline(base)
+    plain = DiffusionPipeline.from_pretrained(str(tuned))
+    file = tmp_path / "half.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(tuned / UNET).items()}, file)
+    wanted = load_file(file, backend="pread")
+    whole = file.read_bytes()
+    half = openfile.OpenSnapshot(str(tmp_path), [Cut(file.name, str(file), len(whole))], None)
+    monkeypatch.setattr(swapping, "open_snapshot", lambda _: half)
+    with pytest.raises(LoadFailed, match="swap again") as caught:
+        swap(pipe, file, components="unet")
+    monkeypatch.undo()
+    found = re.search(r"broke off after (\d+) of (\d+) tensors; new: ([^;]*);", str(caught.value))
+    assert found
+    new = [name.removeprefix("unet.") for name in found[3].split(", ")]
+    assert len(new) == int(found[1]) < int(found[2]) == len(wanted)
+    assert all(torch.equal(pipe.unet.get_parameter(name), wanted[name]) for name in new)
+    assert torch.equal(
+        pipe.vae.state_dict()["decoder.conv_in.weight"], plain.vae.state_dict()["decoder.conv_in.weight"]
+    )
+    file.write_bytes(whole)
+    assert swap(pipe, file, components="unet").size == sum(tensor.nbytes for tensor in wanted.values())
+    assert all(torch.equal(pipe.unet.get_parameter(name), tensor) for name, tensor in wanted.items())
 
 
 def footprint() -> tuple[int, int, int, int]:
