@@ -18,7 +18,7 @@ from bench.standing import Standing
 from bench.table import Column, Row, Table, at_least, at_most
 
 ABOUT = (
-    "From the call until the pipeline is returned, and until every byte of its weights has been read. 'beyond': anonymous "
+    "From the call until the pipeline is returned, and until every byte of its weights is read. 'beyond': anonymous "
     "memory at most, less the weights' own where they are not the file's pages. The output: a step of each component."
 )
 COLUMNS = (
