@@ -6,19 +6,23 @@ The device is emulated (a thread copies from the ring), so every stage is there:
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import statistics
 import threading
 import time
 
-from bench import link, rounds, sd15
+from bench import rounds, sd15
 from bench.hosts import MB, Host, connected_host, holder
+from bench.link import RATE, Placed
 from bench.run import Run
+from bench.standing import Standing
 from bench.table import Column, Row, Table, at_most
-from tests.servers.s3 import S3Server
 from weightcache.openfile import open_snapshot
 from weightcache.runtime import stream_snapshot
 from weightcache.runtime.emulated import Emulated
+from weightcache.tools.coldstart_net import NoNamespaces, network
+from weightcache.tools.coldstart_origin import BUCKET, variables
 
 TITLE = "a pipeline shaped as SD 1.5 with a small UNet, from a peer, over a link of 1 Gbit/s"
 ABOUT = (
@@ -41,7 +45,7 @@ def stream_cold(run: Run) -> Table:
     try:
         with contextlib.ExitStack() as stack:
             table.rows.append(_measure(run, stack))
-    except rounds.Unavailable as error:
+    except NoNamespaces as error:
         table.rows.append(Row(OURS, skipped=str(error)))
     table.expect(at_most(1.1, "times its slowest stage"), OURS, "ratio")
     table.expect(at_most(1.1, "times the text encoder's bytes alone, until it is usable"), OURS, "text_ratio")
@@ -50,23 +54,24 @@ def stream_cold(run: Run) -> Table:
 
 def _measure(run: Run, stack: contextlib.ExitStack) -> Row:
     enter = stack.enter_context
-    inside = enter(link.shaped())
-    folder = run.folder / "pipeline"
-    sizes = sd15.write_snapshot(folder, small=True)
+    net = enter(network({"near": None, "far": RATE}))
+    near, far = net.inside("near"), net.inside("far")
+    objects = run.folder / "objects"
+    sizes = sd15.write_snapshot(objects / "sd15", small=True)
     key = run.folder / "key"
     key.write_text("known to this benchmark only")
     key.chmod(0o600)
-    server = enter(S3Server(run.folder / "s3"))
-    for name in sizes:
-        server.put("bench", f"sd15/{name}", folder / name)
-    source = "s3://bench/sd15/"
+    server = enter(Standing("weightcache.tools.coldstart_origin", str(objects), "127.0.0.1", prefix=near))
+    env = variables(f"http://127.0.0.1:{json.loads(server.line())['port']}")
+    source = f"s3://{BUCKET}/sd15/"
     # The far end cannot reach the object store: what the near one saw an hour ago must do.
     options = (f"--cluster-key-file={key}", "--fresh=3600")
-    os.environ |= server.env()
-    sending = enter(holder(link.Placed(run.folder / "a", link.HERE, *options), [source]))
-    far = link.Placed(run.folder / "b", link.THERE, *options, f"--peer={sending.daemon.address}", prefix=inside)
-    receiving = enter(connected_host(far, [sending.daemon.address]))
-    os.environ |= far.worker_env
+    sender = Placed(run.folder / "a", net.address["near"], *options, prefix=near, env=env)
+    sending = enter(holder(sender, [source]))
+    peer = f"--peer={sending.daemon.address}"
+    receiver = Placed(run.folder / "b", net.address["far"], *options, peer, prefix=far)
+    receiving = enter(connected_host(receiver, [sending.daemon.address]))
+    os.environ |= receiver.worker_env
     taken = []
     for _ in range(run.rounds):
         receiving.forget(source)
