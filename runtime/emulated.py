@@ -7,6 +7,7 @@ buffer too late or too early are wrong in the device's memory, where a compariso
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections import deque
@@ -62,8 +63,8 @@ class Emulated:
 
     def close(self) -> None:
         """End its threads. What they were given and have not done is never done."""
-        for queue in self._queues:
-            queue.close()
+        while self._queues:
+            self._queues.pop().close()
 
     def check(self) -> None:
         """Raise unless the calling thread has entered the device."""
@@ -101,8 +102,9 @@ class EmulatedStream:
         self.queue.add(lambda: self.make(into, source), source)
 
     def make(self, into: torch.Tensor, source: torch.Tensor) -> None:
-        """The copy itself, in the device's thread."""
-        into.copy_(source)
+        """The copy itself, in the device's thread and no other: torch would wake a team for it."""
+        assert into.nbytes == source.nbytes, f"{source.nbytes} bytes for a place of {into.nbytes}"
+        ctypes.memmove(into.data_ptr(), source.data_ptr(), into.nbytes)
 
     def record_event(self) -> EmulatedEvent:
         return EmulatedEvent(self.queue)
@@ -118,7 +120,7 @@ class _Queue:
         self.done = 0
         self._given = 0
         self._checked = checked
-        self._wanted = 0  # somebody waits for this many
+        self._waited: list[int] = []  # somebody waits for so many: each of those who wait
         self._work: deque[tuple[Callable[[], object], torch.Tensor | None]] = deque()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -137,9 +139,13 @@ class _Queue:
 
     def finish(self, ticket: int) -> None:
         with self._changed:
-            self._wanted = max(self._wanted, ticket)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self.done >= ticket or self._error is not None or self._closed)
+            self._waited.append(ticket)
+            if self._checked:
+                self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self.done >= ticket or self._error is not None or self._closed)
+            finally:
+                self._waited.remove(ticket)
             if self._error is not None:
                 raise self._error
             if self.done < ticket:
@@ -152,11 +158,13 @@ class _Queue:
         self._thread.join()
 
     def _ready(self) -> bool:
-        return self._closed or bool(self._work and (not self._checked or self.done < self._wanted))
+        return self._closed or bool(self._work and (not self._checked or self.done < max(self._waited, default=0)))
 
     def _run(self) -> None:
         while True:
             with self._changed:
+                if self._waited and self.done >= min(self._waited):  # who waits for more sleeps on
+                    self._changed.notify_all()
                 self._changed.wait_for(self._ready)
                 if self._closed:
                     return
@@ -170,7 +178,4 @@ class _Queue:
                     self._error = error
                     self._changed.notify_all()
                 return
-            with self._changed:
-                self.done += 1
-                if self.done <= self._wanted:
-                    self._changed.notify_all()
+            self.done += 1

@@ -41,7 +41,7 @@ from weightcache.runtime.opened import Opened
 from weightcache.runtime.report import LoadReport
 from weightcache.runtime.ring import Ring
 
-BUFFERS = 8
+BUFFERS = 8  # at most; two for each reader, as more would only leave the processor's cache
 BUFFER_BYTES = 8 << 20
 PARTS = 512  # of a block: the kernel takes 1,024 in one read
 CLOSED = "the streamer is closed"
@@ -97,24 +97,26 @@ class _Block:
 class Streamer:
     """Brings bytes to one device through one ring, for as long as it is open.
 
-    ``device``: as torch names it, or an entry of the device layer. ``buffers`` of ``buffer_bytes`` (a power of two)
-    each bound the host's memory, and what is on its way at once. ``report``: who is told what was done.
+    ``device``: as torch names it, or an entry of the device layer. ``buffers`` (by default as many as
+    the device's readers need) of ``buffer_bytes`` (a power of two) each bound the host's memory, and what is on its way
+    at once. ``report``: who is told what was done.
     """
 
     def __init__(
         self,
         device: DeviceName | Target = "cpu",
         *,
-        buffers: int = BUFFERS,
+        buffers: int | None = None,
         buffer_bytes: int = BUFFER_BYTES,
         report: LoadReport | None = None,
     ) -> None:
         self.device = target_of(device)
         self.device.enter()
         self.report = report or LoadReport()
-        self._buffers = buffers
+        # A thread reads one block while the device or the caller is at another; more would only be memory that waits.
+        self._buffers = buffers or min(BUFFERS, 2 * self.device.readers)
         self._buffer_bytes = buffer_bytes
-        self._ring = Ring(self.device, buffers, buffer_bytes) if self.device.staged else None
+        self._ring = Ring(self.device, self._buffers, buffer_bytes) if self.device.staged else None
         self._stream = self.device.stream()
         self._runs: set[_Run] = set()
         self._lock = threading.Lock()
@@ -142,9 +144,7 @@ class Streamer:
         Pieces are taken, in the calling thread, only as far ahead as the ring allows. Raises the WeightcacheError of a
         load whose bytes will not come, FormatError for a file that is too short, OSError, and what the device raises.
         """
-        # A thread reads one block while the caller is at another; more would only be memory that waits.
-        ahead = self._buffers if self.device.staged else min(self._buffers, 2 * self.device.readers)
-        run = _Run(self.device, self._stream, self._ring, ahead, self.report)
+        run = _Run(self.device, self._stream, self._ring, self._buffers, self.report)
         with self._lock:
             if self._closed:
                 raise ValueError(CLOSED)
@@ -174,7 +174,8 @@ def _blocks(pieces: Iterable[Piece], most: int) -> Iterator[_Block]:
                 block = None
             block = block or _Block(piece.file)
             length = min(most - block.size, piece.into.nbytes - at)
-            block.add(piece.begin + at, piece.into[at : at + length])
+            whole = length == piece.into.nbytes  # most tensors are small, and a view of one takes its time
+            block.add(piece.begin + at, piece.into if whole else piece.into[at : at + length])
             at += length
         block = block or _Block(piece.file)  # of no bytes
         block.ends.append(index)
