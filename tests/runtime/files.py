@@ -60,10 +60,11 @@ class Arriving:
     def wait(self, begin: int, end: int) -> None:
         assert 0 <= begin <= end <= len(self.data)
         with self.changed:
-            self.blocked = (begin, end)
-            self.changed.notify_all()
-            assert self.changed.wait_for(lambda: self._error or all(self._had[begin:end]), DEADLINE), "nothing landed"
-            self.blocked = None
+            if not self._error and not all(self._had[begin:end]):  # or another's wait would seem to be over
+                self.blocked = (begin, end)
+                self.changed.notify_all()
+                assert self.changed.wait_for(lambda: self._error or all(self._had[begin:end]), DEADLINE), "no bytes"
+                self.blocked = None
             if self._error and not all(self._had[begin:end]):
                 raise self._error
 
