@@ -16,7 +16,7 @@ demo: .venv/demo.stamp ## an S3 server and three daemons on this machine, loadin
 	$(BIN)/python -m weightcache.tools.demo $(ARGS)
 
 test: check ## check, then the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: .venv/test.stamp build/typed ## lint, format and types, over the whole tree
 	$(BIN)/ruff check .

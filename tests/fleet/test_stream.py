@@ -63,7 +63,9 @@ def test_a_pipeline_comes_from_a_peer_in_the_order_of_its_use(
     worker.run(f"stream = stream_snapshot({source!r}, device=Emulated(checked=True))")
     assert worker.run("", "digests(stream)") == expected
     found = worker.run("", "stream.report.to_json()")
-    assert found["bytes_by_source"] == {hosts[0].address: size}
+    came = found["bytes_by_source"]
+    assert came[hosts[0].address] + came.get("local", 0) == size  # files of one shape have one header: it comes once
+    assert came.get("local", 0) < CHUNK
     assert found["bytes"] == 6 * CHUNK
     assert found["stages"]["copy"]["bytes"] == 6 * CHUNK
     with hosts[1].client() as client:  # it holds nothing any more, though the worker lives
@@ -77,10 +79,10 @@ def test_a_stream_goes_on_when_the_daemon_restarts_in_the_middle(
     s3: S3Server, hosts: tuple[Daemon, Daemon], worker: Worker
 ) -> None:
     source, expected = put(s3, "restart")
-    s3.proxy.stall(r"unet/u\.safetensors$", after=2 << 20, times=100)
+    stalled = s3.proxy.stall(r"unet/u\.safetensors$", after=2 << 20, times=100)
     worker.run(f"stream = stream_snapshot({source!r})")
     worker.start("", "digests(stream)")
-    wait_until(lambda: s3.proxy.egress >= 4 * CHUNK, 20, "the load to be under way")
+    assert stalled.struck.wait(20)
     hosts[1].kill()
     s3.proxy.heal()
     hosts[1].start()
