@@ -283,10 +283,12 @@ class ControlServer:
 
     async def start(self) -> int:
         """Accept who connects; returns the port. Raises DaemonError when the address cannot be had."""
-        port = self.bind() if self._sock is None else int(self._sock.getsockname()[1])
+        if self._sock is None:
+            self.bind()
+        assert self._sock is not None
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: self._connection().stream, sock=self._sock)
-        return port
+        return int(self._sock.getsockname()[1])
 
     async def close(self) -> None:
         """Stop listening, and close every connection."""
