@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +81,16 @@ def _children(parent: int) -> set[int]:
     return found
 
 
-def test_interrupted_it_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory for temporary files; the paths of sockets in it are short enough."""
+    with tempfile.TemporaryDirectory(prefix="wc", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_interrupted_it_leaves_nothing_behind(short: Path) -> None:
     command = [sys.executable, "-m", "weightcache.tools.demo"]
-    environ = os.environ | {"TMPDIR": str(tmp_path)}
+    environ = os.environ | {"TMPDIR": str(short)}
     with subprocess.Popen(command, env=environ, stdout=-1, stderr=-1, text=True) as demo:
         # the server, two daemons and their senders: in the middle of it all
         wait_until(lambda: len(_children(demo.pid)) >= 5, 60, "the demo's processes")
@@ -91,11 +100,11 @@ def test_interrupted_it_leaves_nothing_behind(tmp_path: Path) -> None:
     assert demo.returncode == 128 + signal.SIGTERM
     assert err == ""
     wait_until(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()], 10, "their end")
-    assert list(tmp_path.iterdir()) == []
+    assert list(short.iterdir()) == []
 
 
-def test_it_plays_to_its_end(tmp_path: Path) -> None:
-    environ = os.environ | {"TMPDIR": str(tmp_path), "COLUMNS": "120"}
+def test_it_plays_to_its_end(short: Path) -> None:
+    environ = os.environ | {"TMPDIR": str(short), "COLUMNS": "120"}
     command = [sys.executable, "-m", "weightcache.tools.demo"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -103,4 +112,4 @@ def test_it_plays_to_its_end(tmp_path: Path) -> None:
     for load in ("cold", "from peers", "warm", "together"):
         assert load in table
     assert done.stdout.count("every byte is the original's; the origin sent 0 B in 0 requests") == 3
-    assert list(tmp_path.iterdir()) == []
+    assert list(short.iterdir()) == []

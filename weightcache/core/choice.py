@@ -3,7 +3,8 @@
 Of the chunks that some usable peer has, a host takes those that it is its turn to spread (scatter.py), from random
 places within. Among a chunk's holders one is drawn, in proportion to rate / (bytes owed + length) and to how little
 else is to be had from it: who alone has much should not be asked for what others have, too. The origin is asked for
-what no usable peer has, when it is this host's turn to read (turns.py). One choice looks at a bounded number of chunks.
+what no usable peer has, when it is this host's turn to read (turns.py). A header comes first: workers wait for it. One
+choice looks at a bounded number of chunks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from weightcache.core.outside import Outside
 from weightcache.core.peers import NEVER, Peers
 from weightcache.core.turns import ORIGIN_READ
 
+HEADER = 1  # the first chunk, as a set: a worker waits for it before anything else
 CHUNKS_SEEN = 16  # looked at in vain before a turn is given up
 EAGER_LEAST, EAGER_MOST = 0.005, 1.0  # seconds, bounds of what a chunk takes this host: idle for so long, it is eager
 
@@ -54,7 +56,8 @@ class Choice:
     def _in_turn(self, load: Load, wanted: int, now: float) -> Iterator[int]:
         scatter = load.scatter
         if scatter.alone or not wanted:
-            yield from members_from_anywhere(wanted, self._random)
+            yield from members(wanted & HEADER)
+            yield from members_from_anywhere(wanted & ~HEADER, self._random)
             return
         if scatter.idle is None:
             scatter.idle = now
@@ -77,7 +80,7 @@ class Choice:
         if load.turns.look > now:
             self.again = min(self.again, load.turns.look)
         # What failed is tried again in order: soon it is known whether it can be had at all.
-        orders = [members(wanted & load.tried)]
+        orders = [members(wanted & load.tried), members(wanted & HEADER)]
         orders += [members_from_anywhere(wanted & some, self._random) for some in (~load.held, left_alone)]
         for order in orders:
             for chunk in islice(order, None if thorough else CHUNKS_SEEN):
