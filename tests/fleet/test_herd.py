@@ -100,6 +100,9 @@ def test_an_object_replaced_in_mid_herd_is_named_and_nobody_gets_a_mixture(s3: S
             going_on = threads.submit(hosts[0].pull, "s3://main/other.safetensors")
             assert aside.struck.wait(20)
             loads = [threads.submit(host.pull, source) for host in hosts]
+            for host in hosts:
+                with host.client() as client:
+                    wait_until(lambda: source in [load["source"] for load in client.status()["loads"]], 20, "a load")
             assert stall.struck.wait(20)
             s3.put("main", "replaced.safetensors", newer)
             s3.proxy.heal()
