@@ -27,8 +27,8 @@ def names(count: int, seed: int = 0) -> list[bytes]:
 
 
 def homes(me: bytes, others: list[bytes], count: int) -> Homes:
-    found = Homes(me, BLOB, count)
-    for other in others:
+    found = Homes(BLOB, count)
+    for other in [me, *others]:
         found.join(other)
     return found
 
@@ -51,8 +51,8 @@ def test_every_part_has_one_home_wherever_one_looks(count: int, hosts: int, draw
         views.append(view)
         assert len(view) == hosts
         assert [view.home(part) for part in range(count)] == [views[0].home(part) for part in range(count)]
-        assert set(members(view.mine)) == {part for part in range(count) if view.home(part) == me}
-    assert sum(view.mine for view in views) == (1 << count) - 1
+        assert set(members(view.share(me))) == {part for part in range(count) if view.home(part) == me}
+    assert sum(view.share(me) for view, me in zip(views, everybody, strict=True)) == (1 << count) - 1
 
 
 def test_shares_are_even() -> None:
@@ -79,13 +79,13 @@ def test_who_comes_or_goes_moves_only_his_share() -> None:
 
 def test_a_reach_grows_from_little_to_everything_and_differs_between_members() -> None:
     everybody = names(10)
-    reaches = [homes(me, [other for other in everybody if other != me], 1000) for me in everybody]
-    counts = [sum(view.reach(2.0) >> part & 1 for view in reaches) for part in range(1000)]
+    reaches = [(homes(me, [other for other in everybody if other != me], 1000), me) for me in everybody]
+    counts = [sum(view.reach(me, 2.0) >> part & 1 for view, me in reaches) for part in range(1000)]
     assert 1.8 < sum(counts) / 1000 < 2.2
-    for view in reaches:
-        assert view.reach(0.0) == 0
-        assert view.reach(1.0) & view.reach(4.0) == view.reach(1.0)
-        assert view.reach(10.0) == (1 << 1000) - 1
+    for view, me in reaches:
+        assert view.reach(me, 0.0) == 0
+        assert view.reach(me, 1.0) & view.reach(me, 4.0) == view.reach(me, 1.0)
+        assert view.reach(me, 10.0) == (1 << 1000) - 1
 
 
 def test_one_more_among_a_thousand_costs_little() -> None:

@@ -41,6 +41,7 @@ from weightcache.core.events import (
 )
 from weightcache.core.layout import CHUNK, ChunkPlan
 from weightcache.core.loads import Load
+from weightcache.core.neighbours import Crowd
 from weightcache.core.planner import Planner
 
 BEHAVIOURS = ["good", "good", "silent", *FAILS]
@@ -213,7 +214,7 @@ def test_any_events_in_any_order_leave_the_books_right(seed: int, events: list[t
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["learn", "gain", "lose", "lack"]), chunk_sets)))
 def test_a_load_knows_who_has_what(steps: list[tuple[int, str, ChunkSet]]) -> None:
     plan = ChunkPlan(CHUNKS, range(CHUNKS))
-    load = Load.begin(LoadAdded(b"", plan, ChunkSet(CHUNKS), 0, Reach.NONE), b"me", 0.0)
+    load = Load.begin(LoadAdded(b"", plan, ChunkSet(CHUNKS), 0, Reach.NONE), b"me", Crowd(b""), 0.0)
     has: dict[int, set[int]] = {slot: set() for slot in range(4)}
     for slot, what, some in steps:
         if what == "lose":

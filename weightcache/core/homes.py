@@ -11,10 +11,13 @@ not at all of them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import count
 from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest, xxh3_128_intdigest
+
+from weightcache.core.bits import members
 
 _PLACE = 64  # bits below a weight's place: the second hash
 
@@ -45,24 +48,31 @@ class Order(NamedTuple):
 
 
 class Homes:
-    """The homes of ``parts`` parts of a blob, as ``me`` sees them; ``me`` is a member from the start, and stays."""
+    """The homes of ``parts`` parts of a blob, among those who have joined. It knows nothing of its owner: hosts that
+    see the same members may share one."""
 
-    def __init__(self, me: bytes, blob: bytes, parts: int) -> None:
-        self.mine = (1 << parts) - 1  # the parts whose home is here, a bit each
-        self._me = me
+    def __init__(self, blob: bytes, parts: int) -> None:
         self._blob = blob
         self._prime = prime_from(parts)
-        self._orders = {me: Order.of(me, blob, self._prime)}
-        self._homes = [me] * parts
-        order = self._orders[me]
-        self._least = [order.weight(part, order.place(part, self._prime)) for part in range(parts)]
+        self._nobodys = self._prime << _PLACE  # heavier than any weight
+        self._orders: dict[bytes, Order] = {}
+        self._homes: list[bytes | None] = [None] * parts
+        self._least = [self._nobodys] * parts
+        self._shares: dict[bytes, int] = {}  # the parts of each member that has any, a bit each
 
     def __len__(self) -> int:
         """How many members there are."""
         return len(self._orders)
 
-    def home(self, part: int) -> bytes:
+    def __contains__(self, member: bytes) -> bool:
+        return member in self._orders
+
+    def home(self, part: int) -> bytes | None:
         return self._homes[part]
+
+    def share(self, member: bytes) -> int:
+        """The parts whose home a member is, a bit each."""
+        return self._shares.get(member, 0)
 
     def join(self, member: bytes) -> None:
         """A member more: it takes its share from all others."""
@@ -70,7 +80,7 @@ class Homes:
             return
         order = self._orders[member] = Order.of(member, self._blob, self._prime)
         step, part = self._walk(order)
-        for place in range((max(self._least, default=0) >> _PLACE) + 1):
+        for place in range(min(max(self._least, default=0) >> _PLACE, self._prime - 1) + 1):
             if part < len(self._homes) and place <= self._least[part] >> _PLACE:
                 weight = order.weight(part, place)
                 if weight < self._least[part]:
@@ -79,19 +89,35 @@ class Homes:
 
     def quit(self, member: bytes) -> None:
         """A member less: its share falls to all others."""
-        if member == self._me or self._orders.pop(member, None) is None:
+        if self._orders.pop(member, None) is None:
             return
         orders, prime = self._orders.items(), self._prime
-        for part in [part for part, home in enumerate(self._homes) if home == member]:
-            nearest = min(order.place(part, prime) for _, order in orders)
+        for part in members(self.share(member)):
+            nearest = min((order.place(part, prime) for _, order in orders), default=None)
+            if nearest is None:
+                self._give(part, None, self._nobodys)
+                continue
             equals = [(name, order) for name, order in orders if order.place(part, prime) == nearest]
             weight, heir = min((order.weight(part, nearest), name) for name, order in equals)
             self._give(part, heir, weight)
 
-    def reach(self, rank: float) -> int:
-        """The parts, a bit each, of which ``me`` is among the first ``rank`` members, as far as its own weight tells:
-        so many members expect a part to be in their reach."""
-        order = self._orders[self._me]
+    def inherited(self, member: bytes, absent: Collection[bytes]) -> int:
+        """The parts, a bit each, of which ``member`` would be the home if the ``absent`` were none."""
+        found, prime = 0, self._prime
+        order = self._orders[member]
+        others = [other for name, other in self._orders.items() if name not in absent and name != member]
+        for part in members(sum(self.share(name) for name in absent)):
+            place = order.place(part, prime)
+            weight = order.weight(part, place)
+            rivals = ((other, other.place(part, prime)) for other in others)
+            if not any(at <= place and other.weight(part, at) < weight for other, at in rivals):
+                found |= 1 << part
+        return found
+
+    def reach(self, member: bytes, rank: float) -> int:
+        """The parts, a bit each, of which ``member`` is among the first ``rank``, as far as its own weight tells: so
+        many members expect a part to be in their reach."""
+        order = self._orders[member]
         limit = int(rank / len(self._orders) * self._prime * (1 << _PLACE))
         step, part = self._walk(order)
         found = 0
@@ -106,10 +132,15 @@ class Homes:
         step = pow(order.stride, -1, self._prime)
         return step, -order.start * step % self._prime
 
-    def _give(self, part: int, member: bytes, weight: int) -> None:
+    def _give(self, part: int, member: bytes | None, weight: int) -> None:
+        bit, before = 1 << part, self._homes[part]
+        if before is not None:
+            self._shares[before] ^= bit
+            if not self._shares[before]:
+                del self._shares[before]
+        if member is not None:
+            self._shares[member] = self._shares.get(member, 0) | bit
         self._homes[part], self._least[part] = member, weight
-        bit = 1 << part
-        self.mine = self.mine | bit if member == self._me else self.mine & ~bit
 
 
 def prime_from(parts: int) -> int:

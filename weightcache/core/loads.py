@@ -14,6 +14,7 @@ from weightcache.core.bits import members
 from weightcache.core.events import LoadAdded, OfPeer, Peer, PeerGot, PeerHas, PeerQuits, PeerReads, Reach, Via, Where
 from weightcache.core.ids import short
 from weightcache.core.layout import ChunkPlan
+from weightcache.core.neighbours import Crowd
 from weightcache.core.peers import Peers
 from weightcache.core.scatter import Scatter
 from weightcache.core.turns import Turns
@@ -143,15 +144,15 @@ class Load(Holders):
     failed: dict[Peer, str] = field(default_factory=dict)  # the last failure of each peer, latest last
 
     @classmethod
-    def begin(cls, event: LoadAdded, me: Peer, now: float) -> Self:
-        """A load at its beginning, before any peer is known."""
+    def begin(cls, event: LoadAdded, me: Peer, crowd: Crowd, now: float) -> Self:
+        """A load at its beginning; of the peers nothing is known but that some are in the ``crowd``, perhaps."""
         count = len(event.plan)
         missing = ((1 << count) - 1) & ~int.from_bytes(event.had.bits, "little")
         local = missing & int.from_bytes(ChunkSet(count, event.local).bits, "little")
         return cls(
             event.blob, event.plan, event.rank, event.origin, event.attempts, missing, local,
             left=missing.bit_count(), progressed=now, holders=[0] * count, far=Holders(holders=[0] * count),
-            turns=Turns(me, event.blob, event.plan, event.origin), scatter=Scatter(me, event.blob, count),
+            turns=Turns(me, crowd, event.plan, event.origin), scatter=Scatter(me, event.blob, count, crowd.rings),
         )  # fmt: skip
 
     def hear(self, slot: int, event: OfPeer, now: float) -> None:
@@ -161,14 +162,13 @@ class Load(Holders):
                 self.gain(slot, event.chunks)
                 self.turns.got(slot, event.chunks, now)
             case PeerReads():
-                if self.turns.join(slot, event.peer):
-                    self.scatter.join(event.peer)
+                self.turns.join(slot, event.peer)
                 self.turns.reads(slot, event.chunks, now)
             case PeerQuits():
-                self._quit(slot)
+                self.turns.quit(slot)
             case PeerHas(chunks=None):
                 self.learn(slot, ChunkSet(len(self.plan), full=True))
-                self._quit(slot)
+                self.turns.quit(slot)
             case PeerHas(chunks=ChunkSet() as chunks) if chunks.size == len(self.plan):
                 self.learn(slot, chunks)
 
@@ -182,10 +182,6 @@ class Load(Holders):
             case PeerHas(chunks=ChunkSet() as chunks) if chunks.size == len(self.plan):
                 self.far.learn(slot, chunks)
 
-    def _quit(self, slot: int) -> None:
-        if (name := self.turns.quit(slot)) is not None:
-            self.scatter.quit(name)
-
     def demand(self, slot: int) -> int:
         """How much of what is missing a holder has: the more, the better is it spared."""
         return 1 + (self.missing & self.has.get(slot, self.missing)).bit_count()
@@ -197,7 +193,7 @@ class Load(Holders):
         """The peer is gone."""
         self.lose(slot)
         self.far.lose(slot)
-        self._quit(slot)
+        self.turns.quit(slot)
 
     def outside_gave(self, request: Request, now: float) -> None:
         """The origin, or a remote peer, has brought a chunk that ``request`` still awaits."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from weightcache.core.bits import members_from_anywhere
 from weightcache.core.choice import Choice
@@ -60,6 +60,7 @@ from weightcache.core.events import (
 )
 from weightcache.core.layout import CHUNK
 from weightcache.core.loads import Load, Request
+from weightcache.core.neighbours import Crowd
 from weightcache.core.outside import Outside
 from weightcache.core.pace import Pace
 from weightcache.core.peers import NEVER, Peers, PeerState
@@ -79,7 +80,7 @@ LOADS_SEEN, LATE_SEEN = 8, 4  # looked at in vain before a turn is given up: bou
 
 class Planner:
     """Decides for the host named ``me``, as its peers know it. ``streams``: reads in flight to origins; rates: bytes/s
-    asked of either (None: no cap)."""
+    asked of either (None: no cap). ``crowds``: who loads a blob, by name, if this host need not keep that itself."""
 
     def __init__(
         self,
@@ -89,8 +90,10 @@ class Planner:
         origin_rate: float | None = None,
         me: Peer = b"",
         prefer: Sequence[str] = (),
+        crowds: Callable[[bytes], Crowd] = Crowd,
     ) -> None:
         self._me = me
+        self._crowds = crowds
         self._outside = Outside(prefer)
         self._random = random.Random(seed)
         self._streams = streams
@@ -163,7 +166,7 @@ class Planner:
     def _added(self, event: LoadAdded, now: float) -> None:
         if event.blob in self._loads:
             return
-        load = Load.begin(event, self._me, now)
+        load = Load.begin(event, self._me, self._crowds(event.blob), now)
         if not load.left:
             self._out.append(Done(load.blob))
             return

@@ -24,6 +24,7 @@ from weightcache.core.bits import members
 from weightcache.core.events import Peer, Reach
 from weightcache.core.homes import Homes
 from weightcache.core.layout import CHUNK, ChunkPlan
+from weightcache.core.neighbours import Crowd
 
 ORIGIN_READ = CHUNK  # bytes that one ranged read brings: a chunk, or a run of smaller neighbours
 SETTLE = 0.25  # seconds of idling before something is taken over: news of who reads what takes a moment
@@ -38,9 +39,10 @@ PATIENCE, LATE = 2.0, 4.0  # seconds, and times as long as reads take, after whi
 class Turns:
     """For one blob. Chunks and slots of peers are sets of bits."""
 
-    def __init__(self, me: Peer, blob: bytes, plan: ChunkPlan, origin: Reach) -> None:
+    def __init__(self, me: Peer, crowd: Crowd, plan: ChunkPlan, origin: Reach) -> None:
+        crowd.join(me)
         self._me = me
-        self._blob = blob
+        self._crowd = crowd
         self._plan = plan
         self._origin = origin
         self._width = 1
@@ -48,52 +50,48 @@ class Turns:
         self._seconds = READ_SECONDS  # that a read takes
         self._names: dict[int, Peer] = {}  # by slot: those that load the blob, too
         self._joined = 0  # their slots
-        self._seated = 0  # those of them that may be asked: the members
+        self._seen = -1, 0  # the crowd's version, and those in it that may not be asked: what follows is of then
         self._homes: Homes | None = None  # until there is somebody else
+        self._absent: list[Peer] = []  # who is no member for now
         self._parts: list[int] = []  # the chunks of each
         self._home_parts = 0  # parts whose home is here,
         self._own = 0  # and their chunks
-        self._readers: dict[int, tuple[int, float]] = {}  # chunk -> slot of who reads it, and since when
-        self._read = 0  # such chunks
+        self._reads = crowd.reads
         self._idle: float | None = None  # since when there is nothing of its own left to read
         self._reach = 0  # chunks that may be taken over
         self.look = float("-inf")  # when it is worth asking again although nothing has happened
 
     # -- news
 
-    def join(self, slot: int, name: Peer) -> bool:
-        """A peer loads the blob, too; whether that is news."""
-        if slot in self._names:
-            return False
+    def join(self, slot: int, name: Peer) -> None:
+        """A peer loads the blob, too."""
         self._names[slot] = name
         self._joined |= 1 << slot
-        return True
+        self._crowd.join(name)
 
-    def quit(self, slot: int) -> Peer | None:
-        """It does not any more: it has all, gave up, or left. Its name, if it did."""
-        if slot not in self._names:
-            return None
-        self._seat(self._seated & ~(1 << slot))
-        self._forget(self._read_by(slot))
-        self._joined &= ~(1 << slot)
-        return self._names.pop(slot)
+    def quit(self, slot: int) -> None:
+        """It does not any more: it has all, gave up, or left."""
+        if (name := self._names.pop(slot, None)) is not None:
+            self._joined &= ~(1 << slot)
+            self._reads.forget(self._reads.of(name))
+            self._crowd.quit(name)
 
     def reads(self, slot: int, chunks: Iterable[int], now: float) -> None:
         """It has begun to read these from the origin."""
-        for chunk in chunks:
-            if 0 <= chunk < len(self._plan):
-                self._readers[chunk] = slot, now
-                self._read |= 1 << chunk
+        self._reads.begin(self._names[slot], [chunk for chunk in chunks if 0 <= chunk < len(self._plan)], now)
 
     def got(self, slot: int, chunks: Iterable[int], now: float) -> None:
         """It has these, perhaps by reading them."""
-        for chunk in chunks if self._readers else ():
-            reader, since = self._readers.get(chunk, (None, now))
-            if reader == slot:
-                self._forget([chunk])
+        name = self._names.get(slot)
+        if name is None or not self._reads.under_way:
+            return
+        for chunk in chunks:
+            since = self._reads.since(name, chunk)
+            if since is not None:
+                self._reads.forget([chunk])
                 self._learn(now - since)
                 if self._origin is Reach.STREAM:  # what comes behind it has been waiting for it
-                    self.reads(slot, self._read_by(slot), now)
+                    self._reads.begin(name, self._reads.of(name), now)
 
     def took(self, seconds: float) -> None:
         """A read of this host has ended well."""
@@ -107,72 +105,65 @@ class Turns:
     @property
     def shared(self) -> bool:
         """Whether others may read for this host."""
-        return self._seated != 0
+        return len(self._crowd) - len(self._absent) > 1
 
     def at_once(self, streams: int) -> int:
         """How many reads may be in flight, of at most ``streams``."""
         if self._origin is Reach.STREAM:
             return 1
         self._width = min(self._width, streams)
-        if self._joined:
+        if len(self._crowd) > 1:
             return self._width
         return streams if self._ended else min(streams, FIRST_READS)
 
     def mine(self, wanted: int, unheld: int, usable: int, now: float) -> int:
         """Of the ``wanted`` chunks those that this host may read now. ``unheld``: those that perhaps no peer can give;
         ``usable``: slots of peers that may be asked."""
-        self._seat(self._joined & usable)
-        if not self._seated:
+        self._seat(self._joined & ~usable)
+        if not self.shared:
             return wanted
-        own = wanted & self._own & ~self._read
+        own = wanted & self._own & ~self._reads.under_way
         if own & unheld or not unheld:
             self._idle = None
             return own
         if self._idle is None:
             self._idle, self._reach, self.look = now, 0, now + SETTLE
         elif now >= self.look:
-            assert self._homes is not None
             self.look = now + LOOK
-            self._give_up_reads(now)
-            self._reach = self._chunks(self._homes.reach(2.0 ** min((now - self._idle) / DOUBLING, 64.0)))
-        return wanted & (self._own | self._reach) & ~self._read
+            self._reads.give_up(now - PATIENCE - LATE * self._seconds)  # read by nobody
+            self._reach = self._chunks(self._within(2.0 ** min((now - self._idle) / DOUBLING, 64.0)))
+        return wanted & (self._own | self._reach) & ~self._reads.under_way
 
     # -- books
 
-    def _seat(self, seated: int) -> None:
-        changed = seated ^ self._seated
-        if not changed:
+    def _seat(self, absent: int) -> None:
+        """Whose share is it now? ``absent``: slots of those that may not be asked."""
+        if self._seen == (self._crowd.version, absent):
+            return
+        self._seen = self._crowd.version, absent
+        self._absent = [name for slot in members(absent) if (name := self._names[slot]) in self._crowd]
+        if not self.shared and self._homes is None:
             return
         if self._homes is None:
             self._parts = [(1 << len(self._plan)) - 1] if self._origin is Reach.STREAM else parts(self._plan)
-            self._homes = Homes(self._me, self._blob, len(self._parts))
-        for slot in members(changed):
-            if seated >> slot & 1:
-                self._homes.join(self._names[slot])
-            else:
-                self._homes.quit(self._names[slot])  # what it reads may come all the same
-        self._seated = seated
-        self._own ^= self._chunks(self._homes.mine ^ self._home_parts)
-        self._home_parts = self._homes.mine
+            self._homes = self._crowd.homes(len(self._parts))
+        mine = self._homes.share(self._me)
+        if self._absent:
+            mine |= self._homes.inherited(self._me, self._absent)
+        self._own ^= self._chunks(mine ^ self._home_parts)
+        self._home_parts = mine
+
+    def _within(self, rank: float) -> int:
+        """The parts of which this host is among the first ``rank`` members."""
+        assert self._homes is not None
+        everybody = len(self._homes)
+        return self._homes.reach(self._me, rank * everybody / max(1, everybody - len(self._absent)))
 
     def _chunks(self, some: int) -> int:
         found = 0
         for part in members(some):
             found |= self._parts[part]
         return found
-
-    def _give_up_reads(self, now: float) -> None:
-        """What has been read for so long is read by nobody."""
-        since = now - PATIENCE - LATE * self._seconds
-        self._forget([chunk for chunk, (_, began) in self._readers.items() if began < since])
-
-    def _read_by(self, slot: int) -> list[int]:
-        return [chunk for chunk, (reader, _) in self._readers.items() if reader == slot]
-
-    def _forget(self, chunks: Iterable[int]) -> None:
-        for chunk in chunks:
-            del self._readers[chunk]
-            self._read &= ~(1 << chunk)
 
     def _learn(self, seconds: float) -> None:
         self._seconds += 0.3 * (seconds - self._seconds)
