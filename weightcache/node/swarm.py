@@ -4,6 +4,7 @@ One authenticated control connection a pair of hosts, used from both ends. A hos
 peers; each answers what it has and, from then on, announces what it gets, in batches, until ``unwant``. So news of a
 chunk costs one small message a batch and listener, and nobody hears of blobs that it does not load. Who says ``want``
 is thereby known to load the blob itself; such peers tell each other what they read from the origin, before it comes.
+In a large swarm only neighbours hear what a host gets (listeners.py): new ones hear what it has, at once.
 
     call   find SOURCE         -> the newest snapshot this host knows of it, or nil
     call   want [BLOB, ...]    -> for each: nil (nothing), or [what it has: true (all) or a set of chunks,
@@ -27,6 +28,7 @@ from typing import Any, Protocol
 import msgpack
 
 from weightcache.config import Address, parse_address
+from weightcache.core.bitmap import ChunkSet
 from weightcache.core.layout import MAX_CHUNKS
 from weightcache.core.snapshot import is_blob_id
 from weightcache.core.source import MAX_SOURCE
@@ -35,6 +37,7 @@ from weightcache.errors import ProtocolError, WeightcacheError
 from weightcache.log import fields
 from weightcache.net.control import ControlConnection, ControlServer, connect
 from weightcache.net.handshake import ItselfError
+from weightcache.node.listeners import Listeners
 from weightcache.node.rolls import Rolls
 from weightcache.node.trust import Trust
 
@@ -146,7 +149,7 @@ class Swarm:
         self.peers: dict[bytes, Peer] = {}
         self._dialling: dict[Address, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._wanted: dict[bytes, set[bytes]] = {}  # blob -> peers that want news of it
+        self._listeners = Listeners(node_id)
         self._news: dict[bytes, list[int]] = {}  # blob -> chunks to announce
         self._flush: asyncio.TimerHandle | None = None
         self._untried: set[Address] = set()  # members that are being dialled for the first time
@@ -287,8 +290,8 @@ class Swarm:
         if self.peers.get(peer.id) is not peer:
             return
         del self.peers[peer.id]
-        for blob in [blob for blob, peers in self._wanted.items() if peer.id in peers]:
-            self._unwant(blob, peer.id)
+        for blob in self._listeners.drop_all(peer.id):
+            self._catch_up(blob)
         log.info("peer left", extra=fields(peer=peer.name, why=str(why or "it closed the connection")))
         self._shelf.peer_left(peer)
 
@@ -308,7 +311,7 @@ class Swarm:
                 blobs = [_blob(item) for item in body]
                 if peer is not None:
                     for blob in blobs:
-                        self._wanted.setdefault(blob, set()).add(peer.id)
+                        self._listeners.add(blob, peer.id, remote=peer.remote)
                         self._shelf.peer_reads(peer, blob, [])
                 states = [self._shelf.state(blob) for blob in blobs]
                 return [state.encode() if state is not None else None for state in states]
@@ -319,7 +322,8 @@ class Swarm:
                 return await asyncio.to_thread(self._shelf.places, [_blob(item) for item in body])
             case "unwant", list():
                 for item in body:
-                    self._unwant(_blob(item), connection.peer_id)
+                    self._listeners.drop(_blob(item), connection.peer_id)
+                    self._catch_up(item)
                     if peer is not None:
                         self._shelf.peer_quits(peer, item)
             case "got" | "reads", [bytes() as blob, list() as chunks] if len(chunks) <= MAX_CHUNKS:
@@ -338,12 +342,18 @@ class Swarm:
                 raise ProtocolError(f"{kind!r} is no message of this version, or is malformed")
         return None
 
-    def _unwant(self, blob: bytes, peer: bytes) -> None:
-        peers = self._wanted.get(blob)
-        if peers is not None:
-            peers.discard(peer)
-            if not peers:
-                del self._wanted[blob]
+    def _catch_up(self, blob: bytes) -> None:
+        """Tell new neighbours what there is."""
+        new = self._listeners.new(blob)
+        state = self._shelf.state(blob) if new else None
+        if state is None:
+            return
+        if state.reads:
+            self._notify(new, "reads", [blob, state.reads])
+        if isinstance(state.has, bytes):
+            self._notify(new, "got", [blob, list(ChunkSet.decode(state.has, 8 * len(state.has)))])
+        else:
+            self._notify(new, "has", blob)
 
     # -- what this host asks and tells
 
@@ -365,6 +375,8 @@ class Swarm:
                     if state is not None:
                         self._shelf.peer_state(peer, blob, State(*state))
 
+        for blob in blobs:
+            self._listeners.load(blob)
         meeting = [self._meet_holders(blobs)] if peers is None else []
         await asyncio.gather(*meeting, *(ask(peer) for peer in (self.askable() if peers is None else peers)))
 
@@ -373,6 +385,8 @@ class Swarm:
         await self.want(blobs, [peer for peer in met if peer is not None])
 
     def unwant(self, blobs: Sequence[bytes]) -> None:
+        for blob in blobs:
+            self._listeners.unload(blob)
         for peer in self.peers.values():
             peer.connection.notify("unwant", list(blobs))
 
@@ -407,23 +421,23 @@ class Swarm:
         return None
 
     def announce(self, blob: bytes, chunk: int) -> None:
-        """Tell who wants it that this host now has a chunk."""
+        """Tell its neighbours among those that want it that this host now has a chunk."""
         if blob not in self.rolls:
             self.rolls.tell([blob])
-        if blob in self._wanted:
+        if blob in self._listeners:
             self._news.setdefault(blob, []).append(chunk)
             if self._flush is None:
                 self._flush = asyncio.get_running_loop().call_later(ANNOUNCE_SECONDS, self._tell)
 
     def announce_reads(self, blob: bytes, chunks: Sequence[int]) -> None:
         """Tell who wants it what this host has begun to read: at once, before somebody else does."""
-        self._notify(blob, "reads", [blob, chunks])
+        self._notify(self._listeners.all(blob), "reads", [blob, chunks])
 
     def announce_state(self, blob: bytes, *, has: bool) -> None:
         """Tell who wants it that this host has all of a blob, or nothing any more."""
         self._news.pop(blob, None)
         self.rolls.tell([blob])
-        self._notify(blob, "has" if has else "gone", blob)
+        self._notify(self._listeners.all(blob), "has" if has else "gone", blob)
 
     def _has(self, blob: bytes) -> bool | None:
         state = self._shelf.state(blob)
@@ -433,10 +447,11 @@ class Swarm:
         self._flush = None
         news, self._news = self._news, {}
         for blob, chunks in news.items():
-            self._notify(blob, "got", [blob, chunks])
+            self._catch_up(blob)
+            self._notify(self._listeners.neighbours(blob), "got", [blob, chunks])
 
-    def _notify(self, blob: bytes, kind: str, body: Body) -> None:
-        for peer_id in self._wanted.get(blob, ()):
+    def _notify(self, peers: Iterable[bytes], kind: str, body: Body) -> None:
+        for peer_id in peers:
             if (peer := self.peers.get(peer_id)) is not None:
                 peer.connection.notify(kind, body)
 
