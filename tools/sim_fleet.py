@@ -2,8 +2,11 @@
 
 Theory of operation. Each host runs the planner that ships. What a planner asks for becomes a transfer: after the
 latency of its question it waits in the *lane* between the two hosts, which carries one chunk after the other, whole:
-what has not arrived in full, and been checked, is not had and is served to nobody. What a host gets it tells the
-others in batches, what it begins to read at once, as daemons do; either takes the latency of a message.
+what has not arrived in full, and been checked, is not had and is served to nobody. What a host gets it tells its
+neighbours in batches, what it begins to read at once, as daemons do; either takes the latency of a message.
+
+In a fleet of more than APART hosts those that see everybody share one list of who loads and reads what, so that
+thousands cost no square of that. Otherwise, and who sees but some of the others, keep their own, as every daemon does.
 
 A referee watches: see ``Broken``. All randomness comes from one seed.
 """
@@ -22,16 +25,20 @@ from xxhash import xxh3_128
 from weightcache.core import events as said
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.bits import members
-from weightcache.core.events import Event, Fetch, Peer, Reach, Via
+from weightcache.core.events import Event, Fetch, OfPeer, Peer, Reach, Via
 from weightcache.core.layout import CHUNK, ChunkPlan
+from weightcache.core.neighbours import FEW, Crowd
 from weightcache.core.peers import HOST_BYTES
 from weightcache.core.planner import HEDGE_BYTES, HEDGE_SHARE, Planner
 from weightcache.tools.sim_network import NEVER, Clock, Flow, Network, Port
+from weightcache.tools.sim_roll import Roll
 
 BATCH = 0.02  # seconds of news in one message
 FIRST_BYTE = 0.03  # seconds, of the origin
 STREAMS = 8  # reads of one host at once
 END_OF_TIME = 3600.0
+APART = 256  # hosts, up to which each keeps its own list
+SAMPLED = 16  # one decision of so many is timed: the clock costs as much as some
 MOST_REQUESTS = 200  # by one host, for one chunk: more is for ever
 
 
@@ -54,6 +61,10 @@ class Blob:
         return (1 << len(self.plan)) - 1
 
 
+def everybody(other: Host) -> bool:
+    return True
+
+
 class Transfer:
     """One request under way: its chunks arrive one after the other."""
 
@@ -68,7 +79,7 @@ class Transfer:
 
 @dataclass(eq=False, slots=True)
 class Host:
-    """``had``, ``ended``: by blob. ``listeners``: who hears its news. ``others``: whom it knows."""
+    """``had``, ``ended``, ``crowds``: by blob. ``knows``: whom it sees. ``told``: who heard its news last."""
 
     name: Peer
     planner: Planner
@@ -77,13 +88,15 @@ class Host:
     lies: bool = False
     alive: bool = True
     began: float = 0.0
-    knows: Callable[[Host], bool] = lambda other: True
+    knows: Callable[[Host], bool] = everybody
+    crowds: dict[bytes, Crowd] = field(default_factory=dict)
+    told: dict[bytes, tuple[Peer, ...]] = field(default_factory=dict)
+    met: dict[Peer, None] = field(default_factory=dict)  # who ever heard of it
     had: dict[bytes, int] = field(default_factory=dict)
     loading: dict[bytes, Blob] = field(default_factory=dict)
     ended: dict[bytes, tuple[float, str]] = field(default_factory=dict)  # when, and why it failed ("": it did not)
     transfers: dict[int, Transfer] = field(default_factory=dict)
     lanes: dict[Peer, deque[Transfer]] = field(default_factory=dict)  # from each sender: the first one moves
-    listeners: dict[Peer, Host] = field(default_factory=dict)
     news: dict[bytes, list[int]] = field(default_factory=dict)
     wake: float = NEVER
     requests: dict[tuple[bytes, int], int] = field(default_factory=dict)
@@ -104,13 +117,17 @@ class Fleet:
         self.clock = Clock()
         self.hosts: dict[Peer, Host] = {}
         self.origin = Port(origin)
-        self.messages = 0  # of control, ever
+        self.messages = 0  # of control, ever: news of chunks,
+        self.greetings = 0  # and who loads what, a few for each load and pair of hosts
         self.decisions = 0
         self.thinking = 0.0  # CPU seconds of this machine, in planners
         self.trace = xxh3_128()  # of all that was asked for, and when
         self._link, self._latency, self._batch = link, latency, batch
         self._network = Network(self.clock)
         self._unfinished: dict[Peer, None] = {}  # hosts that live, and load or will
+        self._rolls = {name: Roll(name) for name in self.blobs}
+        self._apart: bool | None = None  # whether every host keeps its own list; known when the first one loads
+        self._choosy: dict[Peer, Host] = {}  # hosts that load, and keep their own list
 
     @property
     def now(self) -> float:
@@ -130,8 +147,9 @@ class Fleet:
         """One more host. It does nothing yet; a warm one has everything."""
         rate = link or self._link
         name = self.random.randbytes(32)
-        planner = Planner(self.random.getrandbits(32), STREAMS, me=name)
-        host = self.hosts[name] = Host(name, planner, Port(rate), Port(rate), lies)
+        crowds: dict[bytes, Crowd] = {}
+        planner = Planner(self.random.getrandbits(32), STREAMS, me=name, crowds=crowds.__getitem__)
+        host = self.hosts[name] = Host(name, planner, Port(rate), Port(rate), lies, crowds=crowds)
         if warm:
             host.had = {blob.name: blob.all for blob in self.blobs.values()}
         return host
@@ -148,23 +166,73 @@ class Fleet:
         if not host.alive:
             return
         host.loading = dict(self.blobs)
-        known = [other for other in self.hosts.values() if other is not host and other.alive and host.knows(other)]
-        for other in known:
-            self.messages += 2
-            other.listeners[host.name] = host
-            if other.loading:
-                host.listeners[other.name] = other
+        if self._apart is None:
+            self._apart = len(self.hosts) <= APART
+        if host.knows is not everybody or self._apart:
+            self._choosy[host.name] = host
+        seen = [other for other in self.hosts.values() if other is not host and other.alive and host.knows(other)]
+        self.greetings += 2 * len(seen)
         for blob in sorted(self.blobs.values(), key=lambda blob: blob.rank):
-            for other in known:
-                if blob.name in other.loading:
-                    self.feed(other, said.PeerReads(host.name, blob.name, ()))
-            holders = [(other.name, self._state(other, blob)) for other in known if other.had.get(blob.name)]
-            readers = [(other.name, self._reads(other, blob)) for other in known if blob.name in other.loading]
-            had = ChunkSet(len(blob.plan))
-            self.feed(
-                host,
-                said.LoadAdded(blob.name, blob.plan, had, blob.rank, blob.reach, holders=holders, readers=readers),
-            )
+            self._enter(host, blob, seen)
+
+    def _enter(self, host: Host, blob: Blob, seen: list[Host]) -> None:
+        """It begins to load a blob: whoever will tell it news tells what there is."""
+        roll = self._rolls[blob.name]
+        crowd = host.crowds[blob.name] = Crowd(blob.name) if host.name in self._choosy else roll
+        members = [other for other in seen if blob.name in other.loading]
+        roll.enter(host.name)
+        if crowd is not roll:
+            for name in (host.name, *(other.name for other in members)):
+                crowd.join(name)
+        near = {name: self.hosts[name] for name in self._near(host, blob.name)}
+        near |= {name: other for name, other in self._choosy.items() if other is not host and other.loading}
+        told = [other for other in (near.values() if crowd is roll else members) if host.knows(other)]
+        for other in told:
+            host.met[other.name] = other.met[host.name] = None
+            self.feed(other, said.PeerReads(host.name, blob.name, ()))
+        whole = [other for other in seen if other.had.get(blob.name) == blob.all]
+        if len(whole) > FEW:
+            whole = self.random.sample(whole, FEW)
+        some = [other for other in told if other.had.get(blob.name)]
+        for other in whole:
+            other.met[host.name] = None
+        holders = [(other.name, self._state(other, blob)) for other in dict.fromkeys((*whole, *some))]
+        readers = [(other.name, self._reads(other, blob)) for other in told]
+        host.told[blob.name] = self._near(host, blob.name)
+        had = ChunkSet(len(blob.plan))
+        self.feed(
+            host, said.LoadAdded(blob.name, blob.plan, had, blob.rank, blob.reach, holders=holders, readers=readers)
+        )
+
+    def _near(self, host: Host, blob: bytes) -> tuple[Peer, ...]:
+        """Who hears its news of a blob."""
+        return tuple(name for name in host.crowds[blob].rings.near(host.name) if name in self.hosts)
+
+    def _leave(self, host: Host, blob: bytes) -> None:
+        """It loads a blob no more: whom it parted are neighbours now, and tell each other what they have."""
+        roll = self._rolls[blob]
+        parted = roll.rings.near(host.name)
+        roll.leave(host.name)
+        for name in parted:
+            if (other := self.hosts.get(name)) is not None and blob in other.loading:
+                self._listeners(other, blob)
+
+    def _listeners(self, host: Host, blob: bytes) -> tuple[Peer, ...]:
+        """Who hears its news of a blob; who is new among them hears what it has."""
+        near = host.crowds[blob].rings.near(host.name)
+        before = host.told.get(blob, ())
+        if near is before:
+            return near
+        host.told[blob] = near
+        known = frozenset(before)
+        new = [name for name in near if name not in known and name in self.hosts]
+        if new:
+            reads = said.PeerReads(host.name, blob, self._reads(host, self.blobs[blob]))
+            got = said.PeerGot(host.name, blob, tuple(members(host.had.get(blob, 0))))
+            host.met.update(dict.fromkeys(new))
+            for event in (reads, got):
+                self._send(new, event)
+        return near
 
     def _state(self, host: Host, blob: Blob) -> ChunkSet | None:
         had = host.had[blob.name]
@@ -183,20 +251,26 @@ class Fleet:
         del self.hosts[host.name]
         for transfer in list(host.transfers.values()):
             self._stop(transfer)
+        for blob in host.loading:
+            self._leave(host, blob)
+        self._choosy.pop(host.name, None)
         for other in self.hosts.values():
-            other.listeners.pop(host.name, None)
             for transfer in list(other.lanes.get(host.name, ())):
                 self._stop(transfer)
-            self.clock.at(self.now + self._latency, partial(self.feed, other, said.PeerLeft(host.name)))
+        met = [self.hosts[name] for name in {**host.met, **self._choosy} if name in self.hosts]
+        self.clock.at(self.now + self._latency, partial(self._deliver, met, said.PeerLeft(host.name)))
 
     def feed(self, host: Host, event: Event) -> None:
         """One event for a host's planner, and what the planner makes of it."""
         if not host.alive:
             return
         self.decisions += 1
-        began = time.process_time()
-        actions = host.planner.handle(event, self.now)
-        self.thinking += time.process_time() - began
+        if self.decisions % SAMPLED:
+            actions = host.planner.handle(event, self.now)
+        else:
+            began = time.process_time()
+            actions = host.planner.handle(event, self.now)
+            self.thinking += SAMPLED * (time.process_time() - began)
         for action in actions:
             match action:
                 case Fetch():
@@ -217,13 +291,16 @@ class Fleet:
                         raise Broken("a load fails without a reason")
                     self._ended(host, blob, why, said.PeerQuits(host.name, blob))
 
-    def _ended(self, host: Host, blob: bytes, why: str, news: Event) -> None:
+    def _ended(self, host: Host, blob: bytes, why: str, news: OfPeer) -> None:
         host.ended[blob] = self.now, why
         del host.loading[blob]
+        host.news.pop(blob, None)
+        self._tell(host, blob, news)
+        self._leave(host, blob)
+        self.greetings += 2 * (len(self.hosts) - 1)  # that it has all, and wants no more news: to everybody
         if not host.loading:
             self._unfinished.pop(host.name, None)
-        host.news.pop(blob, None)
-        self._tell(host, news)
+            self._choosy.pop(host.name, None)
 
     def _tick(self, host: Host, at: float) -> None:
         if host.wake == at:
@@ -239,7 +316,7 @@ class Fleet:
         transfer = host.transfers[fetch.request] = Transfer(host, fetch, sender)
         if fetch.via is Via.ORIGIN:
             host.reading += 1
-            self._tell(host, said.PeerReads(host.name, fetch.blob, fetch.chunks))
+            self._say_reads(host, fetch)
             self.clock.at(self.now + FIRST_BYTE, partial(self._read, transfer))
         elif sender is not None:  # else it has just died: that news is on its way
             host.owed += self._length(fetch, 0)
@@ -321,16 +398,34 @@ class Fleet:
     def _flush(self, host: Host) -> None:
         news, host.news = host.news, {}
         for blob, chunks in news.items():
-            self._tell(host, said.PeerGot(host.name, blob, chunks))
+            self._tell(host, blob, said.PeerGot(host.name, blob, chunks))
 
-    def _tell(self, host: Host, event: Event) -> None:
-        if host.alive and host.listeners:
-            self.messages += len(host.listeners)
-            self.clock.at(self.now + self._latency, partial(self._deliver, list(host.listeners.values()), event))
+    def _tell(self, host: Host, blob: bytes, event: OfPeer) -> None:
+        if not host.alive:
+            return
+        names = self._listeners(host, blob)
+        if isinstance(event, said.PeerHas | said.PeerQuits) and self._choosy:
+            names = tuple({**dict.fromkeys(names), **self._choosy})
+        self._send(names, event)
 
-    def _deliver(self, listeners: list[Host], event: Event) -> None:
+    def _send(self, names: Iterable[Peer], event: OfPeer) -> None:
+        hosts = [self.hosts[name] for name in names if name in self.hosts and name != event.peer]
+        if hosts:
+            if not isinstance(event, said.PeerHas | said.PeerQuits):
+                self.messages += len(hosts)
+            self.clock.at(self.now + self._latency, partial(self._deliver, hosts, event))
+
+    def _deliver(self, listeners: list[Host], event: OfPeer | said.PeerLeft) -> None:
         for listener in listeners:
-            self.feed(listener, event)
+            if listener.loading:
+                self.feed(listener, event)
+
+    def _say_reads(self, host: Host, fetch: Fetch) -> None:
+        """All who load the blob hear what is read: each chunk is read but once."""
+        roll = self._rolls[fetch.blob]
+        roll.reads.say(host.name, fetch.chunks, self.now)
+        self.messages += max(0, len(roll) - len(self._choosy) - 1)
+        self._send(self._choosy, said.PeerReads(host.name, fetch.blob, fetch.chunks))
 
     # -- the referee
 

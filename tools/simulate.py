@@ -17,6 +17,7 @@ from typing import Any
 
 from weightcache.core.events import Reach
 from weightcache.core.layout import ChunkPlan
+from weightcache.core.neighbours import FEW, RINGS
 from weightcache.errors import ConfigError, WeightcacheError
 from weightcache.tools.show import human
 from weightcache.tools.sim_fleet import Blob, Broken, Fleet, Host
@@ -164,6 +165,8 @@ def play(scenario: Scenario, hear: Callable[[Fleet], None] | None = None) -> Jso
         "first_component_seconds": _round(firsts[-1]) if firsts else None,
         "first_component_share": _round(first.plan.size / scenario.size),
         "messages_per_host_and_chunk": _round(fleet.messages / (scenario.hosts * chunks)),
+        "messages_bound": min(scenario.hosts - 1, FEW if scenario.hosts <= FEW + 1 else 2 * RINGS) + 1,
+        "greetings_per_host": _round(fleet.greetings / scenario.hosts),
         "failed": sorted(failed),
         "events": fleet.clock.events,
         "decisions": fleet.decisions,
@@ -201,7 +204,11 @@ def shown(found: Json) -> str:
         ("p99, p50", f"{found['p99_over_bound']:.3f}, {found['p50_over_bound']:.3f} {over}" if found["hosts"] else "-"),
         ("origin sent", f"{found['egress']:.3f} times the object"),
         ("first component", f"{found['first_component_seconds']:.2f} s" if found["hosts"] else "-"),
-        ("messages", f"{found['messages_per_host_and_chunk']:.2f} a host and chunk"),
+        (
+            "messages",
+            f"{found['messages_per_host_and_chunk']:.2f} a host and chunk, of {found['messages_bound']} at most",
+        ),
+        ("greetings", f"{found['greetings_per_host']:,.0f} a host"),
         ("planner", f"{found['decisions']:,} decisions of {found['microseconds_per_decision']} us"),
         ("took", f"{found['seconds']:.1f} s for {found['events']:,} events"),
         *(("failed", why) for why in found["failed"]),
