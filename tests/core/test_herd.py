@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from statistics import median
 
 import pytest
 
@@ -88,8 +87,8 @@ def test_the_time_grows_slowly_with_the_fleet() -> None:
 
 
 def test_what_is_needed_first_comes_first() -> None:
-    fleets = (Scenario(8, 300_000_000, 2 << 20, components=4, spread=0.1, seed=seed) for seed in range(1, 6))
-    assert median(play(fleet)["first_component_seconds"] for fleet in fleets) <= 0.6 * BOUND
+    found = play(Scenario(8, 300_000_000, 2 << 20, components=4, spread=0.1))
+    assert found["first_component_seconds"] <= 0.6 * BOUND
 
 
 def test_a_seed_plays_the_same_again() -> None:

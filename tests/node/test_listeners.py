@@ -82,8 +82,8 @@ async def fleet(count: int) -> AsyncIterator[list[Host]]:
     hosts = [Host() for _ in range(count)]
     try:
         for host in hosts:
-            host.port = await host.swarm.listen(Address("127.0.0.1", 0))
-            host.swarm.introduce(Info("", f"127.0.0.1:{host.port}", f"127.0.0.1:{host.port}", "1"))
+            host.port = host.swarm.listen(Address("127.0.0.1", 0))
+            await host.swarm.introduce(Info("", f"127.0.0.1:{host.port}", f"127.0.0.1:{host.port}", "1"))
         for at, host in enumerate(hosts):
             host.swarm.members(Member("127.0.0.1", other.port, other.id) for other in hosts[:at])
         await until(lambda: all(len(host.swarm.peers) == count - 1 for host in hosts))
