@@ -68,6 +68,16 @@ class Choice:
             for some in scatter.turn(wanted, load.levels, load.complete.bit_count(), waves):
                 yield from members_from_anywhere(some, self._random)
 
+    def looks_outside(self, load: Load, wanted: int) -> bool:
+        """Whether any of the ``wanted`` chunks is perhaps to be had from no peer of the own datacenter."""
+        usable = self._peers.open | self._peers.busy
+        if load.complete & usable:
+            return False
+        if load.partial & ~usable or wanted & ~load.held:
+            return True
+        load.turns.idle = None  # it waits for peers
+        return False
+
     def of_outside(
         self, load: Load, wanted: int, now: float, *, origin: bool, far: int, thorough: bool
     ) -> Question | None:

@@ -457,7 +457,7 @@ class Planner:
         able = peers.room and self._peer_pace.open(now)
         if able and (load.complete | load.partial) & peers.open:
             found = choice.of_peers(load, wanted, now, thorough=thorough)
-        if found is None and not load.complete & (peers.open | peers.busy):
+        if found is None and choice.looks_outside(load, wanted):
             origin = self._origin_open(load, now)
             far = self._outside.may_ask(load, peers, now) if able and self._may_read(load) else 0
             if origin or far:

@@ -57,7 +57,7 @@ class Turns:
         self._home_parts = 0  # parts whose home is here,
         self._own = 0  # and their chunks
         self._reads = crowd.reads
-        self._idle: float | None = None  # since when there is nothing of its own left to read
+        self.idle: float | None = None  # since when there is nothing of its own left to read
         self._reach = 0  # chunks that may be taken over
         self.look = float("-inf")  # when it is worth asking again although nothing has happened
 
@@ -123,15 +123,15 @@ class Turns:
         if not self.shared:
             return wanted
         own = wanted & self._own & ~self._reads.under_way
-        if own & unheld or not unheld:
-            self._idle = None
+        if own & unheld:
+            self.idle = None
             return own
-        if self._idle is None:
-            self._idle, self._reach, self.look = now, 0, now + SETTLE
+        if self.idle is None:
+            self.idle, self._reach, self.look = now, 0, now + SETTLE
         elif now >= self.look:
             self.look = now + LOOK
             self._reads.give_up(now - PATIENCE - LATE * self._seconds)  # read by nobody
-            self._reach = self._chunks(self._within(2.0 ** min((now - self._idle) / DOUBLING, 64.0)))
+            self._reach = self._chunks(self._within(2.0 ** min((now - self.idle) / DOUBLING, 64.0)))
         return wanted & (self._own | self._reach) & ~self._reads.under_way
 
     # -- books
