@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 import shutil
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,20 +16,16 @@ from typing import Any
 
 from weightcache.client import Client, Progress
 from weightcache.config import load_config
-from weightcache.errors import DaemonError, from_wire
+from weightcache.errors import DaemonError
+from weightcache.tools.child import PYTHON, Child, Json
 from weightcache.tools.coldstart_net import Network
 from weightcache.tools.coldstart_origin import variables
 from weightcache.tools.coldstart_settings import Role
-from weightcache.tools.seaweed import die_with_parent
 
 PORT = 7700  # of every daemon that has a network of its own
-START_SECONDS = 120.0  # many daemons start at once, on few cores
 MEET_SECONDS = 60.0
-STOP_SECONDS = 5.0
 POLL_SECONDS = 0.05
 _STARTING = 4  # daemons that start at a time
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +56,7 @@ class Node:
             self._inside = place.network.inside(role.name)
         else:
             self.address, self._inside = f"127.0.0.1:{_two_free_ports()}", ()
-        self._daemon: asyncio.subprocess.Process | None = None
-        self._worker: asyncio.subprocess.Process | None = None
+        self._children: list[Child] = []  # the daemon, and the worker
         self.client: Client
 
     async def open(self, peers: Sequence[str]) -> None:
@@ -77,19 +70,11 @@ class Node:
             "listen": self.address, "peers": list(peers), "cluster_key_file": str(key),
         }  # fmt: skip
         settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
-        # What the user has set for daemons of their own is not for these.
-        own = {name: value for name, value in os.environ.items() if not name.startswith("WEIGHTCACHE_")}
-        environ = own | dict(self._place.environ) | {"WEIGHTCACHE_CONFIG": str(settings)}
+        environ = {**self._place.environ, "WEIGHTCACHE_CONFIG": str(settings)}
         self.client = Client(load_config(file=settings, environ={}), embed=False)
-        module = (sys.executable, "-P", "-m")
-        self._daemon = await self._start(
-            "daemon", [*self._inside, *module, "weightcache.tools", "daemon", "--json"], environ
-        )
-        await self._line(self._daemon, "daemon")
+        await self._start("daemon", [*self._inside, *PYTHON, "weightcache.tools", "daemon", "--json"], environ)
         if self._device is not None:
-            command = [*module, "weightcache.tools.coldstart_worker", self._device]
-            self._worker = await self._start("worker", command, environ)
-            await self._line(self._worker, "worker")
+            await self._start("worker", [*PYTHON, "weightcache.tools.coldstart_worker", self._device], environ)
 
     async def wake(self, source: str) -> None:
         """Have it ask the origin once: what a daemon starts with its first load is there from then on."""
@@ -100,10 +85,8 @@ class Node:
 
     async def load(self, source: str) -> Json:
         """Have the worker load a source onto its device: when it began and ended, on time.monotonic's clock."""
-        assert self._worker is not None
-        assert self._worker.stdin is not None
-        self._worker.stdin.write(json.dumps({"source": source}).encode() + b"\n")
-        return await self._line(self._worker, "worker", seconds=None)
+        _, worker = self._children
+        return await worker.ask({"source": source}, seconds=None)
 
     async def meet(self, others: int) -> None:
         """Wait until it is connected with so many peers."""
@@ -122,65 +105,19 @@ class Node:
     def kill(self) -> None:
         """As a crash would."""
         self.dead = True
-        assert self._daemon is not None
         with contextlib.suppress(ProcessLookupError):
-            self._daemon.kill()
+            self._children[0].process.kill()
 
     async def close(self) -> None:
         if hasattr(self, "client"):
             await self.client.close()
-        for process in (self._worker, self._daemon):
-            if process is not None and process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
-        for process in (self._worker, self._daemon):
-            if process is not None:
-                await ended(process)
+        await asyncio.gather(*(child.end() for child in self._children))
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
-    async def _start(self, what: str, command: Sequence[str], environ: Mapping[str, str]) -> asyncio.subprocess.Process:
-        with (self._folder / f"{what}.log").open("wb") as log:
-            return await start(command, environ, log)
-
-    async def _line(
-        self, process: asyncio.subprocess.Process, what: str, seconds: float | None = START_SECONDS
-    ) -> Json:
-        name = f"{self.role.name}: its {what}"
-        answer = await line(process, name, seconds, self._folder / f"{what}.log")
-        if "error" in answer:
-            raise from_wire(answer["error"], f"{self.role.name}: {answer['message']}")
-        return answer
-
-
-async def start(command: Sequence[str], environ: Mapping[str, str], log: Any) -> asyncio.subprocess.Process:
-    """A process to talk to, which ends with this one."""
-    return await asyncio.create_subprocess_exec(
-        *command, env=environ, stderr=log, preexec_fn=die_with_parent,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-
-
-async def line(process: asyncio.subprocess.Process, name: str, seconds: float | None, log: Path) -> Json:
-    """The next line of JSON that a process says. Raises DaemonError when it ends instead, or says nothing."""
-    assert process.stdout is not None
-    try:
-        said = await asyncio.wait_for(process.stdout.readline(), seconds)
-    except TimeoutError:
-        raise DaemonError(f"{name} said nothing for {seconds:.0f} s") from None
-    if not said:
-        told = log.read_text(errors="replace").splitlines()
-        raise DaemonError(f"{name} ended: {told[-1][:300] if told else 'without a word'}")
-    answer: Json = json.loads(said)
-    return answer
-
-
-async def ended(process: asyncio.subprocess.Process) -> None:
-    """Wait for a process that was told to end; kill one that does not."""
-    try:
-        await asyncio.wait_for(process.wait(), STOP_SECONDS)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
+    async def _start(self, what: str, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        child = await Child.start(f"{self.role.name}: its {what}", command, environ, self._folder / f"{what}.log")
+        self._children.append(child)
+        await child.said()
 
 
 @contextlib.asynccontextmanager
@@ -219,38 +156,28 @@ async def every(work: Any) -> list[Any]:
 async def origin(objects: Path, place: Place) -> AsyncIterator[Origin]:
     """The origin over a folder of objects: behind its link if there is a network."""
     host = "127.0.0.1"
-    command = [sys.executable, "-P", "-m", "weightcache.tools.coldstart_origin", str(objects)]
+    command = [*PYTHON, "weightcache.tools.coldstart_origin", str(objects)]
     if place.network is not None:
         host = place.network.address["origin"]
         command = [*place.network.inside("origin"), *command]
-    log = place.folder / "origin.log"
-    with log.open("wb") as file:
-        process = await start([*command, host], os.environ, file)
+    child = await Child.start("the origin", [*command, host], {}, place.folder / "origin.log")
     try:
-        port = (await line(process, "the origin", START_SECONDS, log))["port"]
-        yield Origin(process, log, f"http://{host}:{port}")
+        yield Origin(child, f"http://{host}:{(await child.said())['port']}")
     finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        await child.end()
 
 
 class Origin:
     """The running origin. ``environ``: what a daemon must know to find it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path, endpoint: str) -> None:
-        self._process = process
-        self._log = log
-        self.pid = process.pid
+    def __init__(self, child: Child, endpoint: str) -> None:
+        self._child = child
+        self.pid = child.process.pid
         self.environ = variables(endpoint)
 
     async def counts(self) -> tuple[int, int]:
         """Bytes of objects that it has sent, and requests it was asked. Raises DaemonError when it is gone."""
-        if self._process.returncode is not None:
-            raise DaemonError("the origin has ended")
-        assert self._process.stdin is not None
-        self._process.stdin.write(b"\n")
-        said = await line(self._process, "the origin", START_SECONDS, self._log)
+        said = await self._child.ask({})
         return said["sent"], said["requests"]
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from weightcache.client import Client
 from weightcache.config import Config
 from weightcache.errors import ConfigError, DaemonError, WeightcacheError, from_wire
-from weightcache.tools.coldstart_fleet import ended, every
+from weightcache.tools.child import end
+from weightcache.tools.coldstart_fleet import every
 from weightcache.tools.coldstart_measures import Curve, NodeRun, Run, bound, spread
 from weightcache.tools.coldstart_run import Watcher
 from weightcache.tools.coldstart_settings import Role, Settings
@@ -101,8 +102,7 @@ class Host:
             raise DaemonError(f"{self.name}: no answer within {seconds:.0f} s") from None
         finally:
             if process.returncode is None:
-                process.terminate()
-                await ended(process)
+                await end(process)
 
 
 def check(settings: Settings, hosts: Sequence[str], *, loopback: bool) -> None:

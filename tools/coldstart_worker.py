@@ -1,20 +1,18 @@
 """A worker of a cold start: ``python -m weightcache.tools.coldstart_worker DEVICE`` loads what its input names.
 
-In: ``{"source"}``. Out, a line each: ``{"ready"}`` once; then ``{"began", "ended"}``, on the clock of time.monotonic,
-and ``"bytes"`` on the device; or ``{"error", "message"}``.
+In: ``{"source"}``. Out: ``{"began", "ended"}``, on the clock of time.monotonic, and ``"bytes"`` on the device.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from weightcache.client import SyncClient
-from weightcache.errors import to_wire
 from weightcache.runtime import load_file
+from weightcache.tools.child import answer
 
 _PAGE = 4096
 
@@ -43,18 +41,5 @@ def _load(source: str, device: str) -> dict[str, Any]:
     return {"began": began, "ended": time.monotonic(), "bytes": size}
 
 
-def main(device: str) -> None:
-    with SyncClient() as client:
-        client.status()  # what is only imported once is no part of a load
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        try:
-            answer = _load(json.loads(line)["source"], device)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the node's row tells of it
-            name, message = to_wire(error)
-            answer = {"error": name, "message": message}
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    answer(lambda job: _load(job["source"], sys.argv[1]))

@@ -1,13 +1,11 @@
 """An inference worker of the demo: loads what a line of its input says, and compares it with the original.
 
-In: ``{"source", "original"}``. Out, a line each: ``{"ready"}`` once; then ``{"seconds", "tensors", "different"}`` or
-``{"error", "message"}``. It talks to the daemon that its environment names, as any worker does.
+In: ``{"source", "original"}``. Out: ``{"seconds", "tensors", "different"}``. It talks to the daemon that its
+environment names, as any worker does.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +13,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from weightcache.client import SyncClient
-from weightcache.errors import to_wire
 from weightcache.runtime import load_file
+from weightcache.tools.child import answer
 
 _PAGE = 4096
 
@@ -44,19 +41,5 @@ def _load(source: str, original: Path) -> dict[str, Any]:
     return {"seconds": seconds, "tensors": len(tensors), "different": differences(tensors, original)}
 
 
-def main() -> None:
-    with SyncClient() as client:
-        client.status()  # what is only imported once is not part of a load
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            answer = _load(job["source"], Path(job["original"]))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the demo tells of it
-            name, message = to_wire(error)
-            answer = {"error": name, "message": message}
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer(lambda job: _load(job["source"], Path(job["original"])))
