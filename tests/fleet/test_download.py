@@ -33,11 +33,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def host(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+def host(hub: HubServer, tmp_path: Path, works_for: Callable[[Daemon], None]) -> Iterator[Daemon]:
     """A daemon before the hub, and the environment in which it is found. ``fresh`` is short: nothing is from memory."""
     with Daemon(tmp_path / "a", "--fresh=0", env={"HF_ENDPOINT": hub.endpoint}) as host:
-        for name, value in host.worker_env.items():
-            monkeypatch.setenv(name, value)
+        works_for(host)
         yield host
 
 

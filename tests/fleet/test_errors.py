@@ -315,7 +315,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_file_that_is_not_safetensors_fails_as_safetensors_itself_does(
-    world: World, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+    world: World, s3: S3Server, tmp_path: Path, works_for: Callable[[Daemon], None], broken: str
 ) -> None:
     """Byte-exact all the same: it is the reader who minds, and says just what he would say of the original."""
     from weightcache.runtime import load_file
@@ -326,8 +326,7 @@ def test_a_file_that_is_not_safetensors_fails_as_safetensors_itself_does(
         safetensors.torch.load_file(original)
     name = f"{broken.replace(' ', '-')}.safetensors"
     s3.put("fleet", f"errors/{name}", original)
-    for variable, value in world.host.worker_env.items():
-        monkeypatch.setenv(variable, value)
+    works_for(world.host)
     with pytest.raises(SafetensorError) as failure:
         load_file(f"s3://fleet/errors/{name}")
     assert str(failure.value) == str(expected.value)

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,9 @@ def test_transformers(tmp_path: Path) -> None:
     assert from_source.splitlines()[1:] == local.splitlines()[1:]
 
 
-def test_what_vllm_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_vllm_is_given(tmp_path: Path, works_for: Callable[[Daemon], None]) -> None:
     with Daemon(tmp_path / "a", f"--file-root={minilm()}") as host:
-        for name, value in host.worker_env.items():
-            monkeypatch.setenv(name, value)
+        works_for(host)
         source = f"file://{minilm()}/"
         folder = Path(run("with_vllm.py", source).strip())
         assert (folder / "config.json").read_bytes() == (minilm() / "config.json").read_bytes()

@@ -75,15 +75,11 @@ def host(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def here(host: Daemon, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def here(host: Daemon, s3: S3Server, works_for: Callable[[Daemon], None]) -> Iterator[S3Server]:
     """This process is a worker of the host's, which gets its files from here."""
-    for name, value in host.worker_env.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(openfile, "_worker", None)
+    works_for(host)
     yield s3
     s3.proxy.heal()
-    if openfile._worker is not None:
-        openfile._worker.close()
 
 
 def drawn(pipe: Any) -> torch.Tensor:
