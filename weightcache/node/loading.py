@@ -19,7 +19,15 @@ from weightcache.core.components import rank
 from weightcache.core.patterns import EVERYTHING, Patterns
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
-from weightcache.errors import LoadFailed, SourceChanged, SourceError, SourceNotFound, WeightcacheError
+from weightcache.errors import (
+    LoadFailed,
+    SourceChanged,
+    SourceError,
+    SourceNotFound,
+    StoreError,
+    UnknownBlob,
+    WeightcacheError,
+)
 from weightcache.node.blobs import Blobs
 from weightcache.node.incoming import COMING, Incoming
 from weightcache.node.report import Report, Tally
@@ -29,6 +37,7 @@ from weightcache.node.trust import Trust
 from weightcache.store import Store
 
 OPENING = 16  # files whose manifests and space are seen to at once
+LINK_ATTEMPTS = 3
 
 Had = Callable[[int, int, int], None]  # bytes [begin, end) of file i are had
 
@@ -249,7 +258,7 @@ class Loading:
         now = self._lap("transfer", now)
         for reason in self._trust.reasons():
             self._tally.note(reason)
-        path = await asyncio.to_thread(self._store.materialise, self.snapshot, whole=self._whole)
+        path = await self._linked()
         self._lap("link", now)
         if self.snapshot.single:
             path = path / self.snapshot.files[0].path
@@ -266,6 +275,25 @@ class Loading:
             self._first and self._first - self._began,
             {name: joined((c.spans[name] for c in self._brought), self._began) for name in COMING},
         )
+
+    async def _linked(self, attempts: int = LINK_ATTEMPTS) -> Path:
+        """The snapshot's directory. What has been found wrong since it came, and discarded, is brought again first."""
+        assert self.snapshot is not None
+        try:
+            return await asyncio.to_thread(self._store.materialise, self.snapshot, whole=self._whole)
+        except (StoreError, UnknownBlob):
+            gone = [file for file in self.files if not self._is_here(file.entry.blob)]
+            if not gone or attempts == 1:
+                raise
+        for file in gone:
+            self._tally.note(f"{file.entry.source.public}: what was here is not what its origin has: brought again")
+            try:
+                coming = await self._blobs.repair(file.entry)
+            except WeightcacheError as error:
+                self._raise(file, error)
+            else:
+                self._tally.add(coming.tally if coming is not None else Tally())
+        return await self._linked(attempts - 1)
 
     def _raise(self, file: File, error: BaseException | None) -> None:
         if isinstance(error, LoadFailed):
