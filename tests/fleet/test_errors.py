@@ -8,10 +8,9 @@ import secrets
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import count, cycle
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -37,15 +36,14 @@ class World:
     root: Path
     host: Daemon
     denied: Daemon
-    taken: int  # a port that somebody listens on
-    before: Iterator[int]  # free ports, each with such a one behind it
+    taken: int  # a port that somebody listens on; the one before it is free
 
     @property
     def names(self) -> dict[str, object]:
         """What commands and messages are about."""
         host = self.host
         assert host.process is not None
-        known = {"root": self.root, "shelf": self.root / "shelf", "taken": self.taken, "before": next(self.before)}
+        known = {"root": self.root, "shelf": self.root / "shelf", "taken": self.taken, "before": self.taken - 1}
         return known | {"store": host.store, "socket": host.socket, "pid": host.process.pid}
 
 
@@ -68,11 +66,10 @@ def world(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
         options = (f"--file-root={shelf}", "--origin-attempts=2")
         host = stack.enter_context(Weak(root / "host", *options, env=env))
         denied = stack.enter_context(Daemon(root / "denied", env=s3_server.env(secret="wrong")))
-        pairs = [two_free_ports() for _ in range(2)]
-        for _, port in pairs:
-            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        _, taken = two_free_ports()
+        stack.enter_context(socket.create_server(("127.0.0.1", taken)))
         host.pull("s3://fleet/errors/file.safetensors")
-        yield World(root, host, denied, pairs[0][1], cycle(before for before, _ in pairs))
+        yield World(root, host, denied, taken)
 
 
 class Weak(Daemon):
@@ -97,7 +94,6 @@ class Case:
 
     name: str
     code: int
-    kind: str
     words: tuple[str, ...]
     options: Callable[[World], list[str]]
     env: dict[str, str] | None = None
@@ -123,90 +119,81 @@ def daemon(*options: str) -> Callable[[World], list[str]]:
 
 
 CASES = [
-    Case("unknown scheme", 2, "SourceError", ("ftp://host/file", "unknown scheme", "s3://"), pull("ftp://host/file")),
-    Case("no source", 2, "SourceError", ("model.safetensors", "unknown scheme"), pull("model.safetensors")),
-    Case("missing bucket", 4, "SourceNotFound", ("s3://nowhere", "no such bucket"), pull("s3://nowhere/file")),
-    Case("missing key", 4, "SourceNotFound", ("s3://fleet/errors/missing", "neither"), pull("s3://fleet/errors/missing")),
+    Case("unknown scheme", 2, ("ftp://host/file", "unknown scheme", "s3://"), pull("ftp://host/file")),
+    Case("no source", 2, ("model.safetensors", "unknown scheme"), pull("model.safetensors")),
+    Case("missing bucket", 4, ("s3://nowhere", "no such bucket"), pull("s3://nowhere/file")),
+    Case("missing key", 4, ("s3://fleet/errors/missing", "neither"), pull("s3://fleet/errors/missing")),
     Case(
-        "wrong credentials", 5, "SourceDenied", ("s3://fleet/errors/file.safetensors", "403", "AWS_SECRET_ACCESS_KEY"),
+        "wrong credentials", 5, ("s3://fleet/errors/file.safetensors", "403", "AWS_SECRET_ACCESS_KEY"),
         pull("s3://fleet/errors/file.safetensors", "denied"),
     ),
-    Case("gated repository", 5, "SourceDenied", ("hf://org/gated", "HF_TOKEN", "accept"), pull(PRIVATE)),
+    Case("gated repository", 5, ("hf://org/gated", "HF_TOKEN", "accept"), pull(PRIVATE)),
     Case(
-        "unreadable file", 5, "SourceDenied", ("unreadable.safetensors", "permission denied", "let the daemon's user"),
+        "unreadable file", 5, ("unreadable.safetensors", "permission denied", "let the daemon's user"),
         pull("file://{shelf}/unreadable.safetensors"),
     ),
-    Case("missing file", 4, "SourceNotFound", ("no such file",), pull("file://{shelf}/missing.safetensors")),
-    Case("file elsewhere", 5, "SourceDenied", ("/etc/hostname", "origin.file_roots"), pull("file:///etc/hostname")),
+    Case("missing file", 4, ("no such file",), pull("file://{shelf}/missing.safetensors")),
+    Case("file elsewhere", 5, ("/etc/hostname", "origin.file_roots"), pull("file:///etc/hostname")),
     Case(
-        "nothing to show the path of", 4, "UnknownBlob", ("s3://fleet/errors/missing", "weightcache pull"),
+        "nothing to show the path of", 4, ("s3://fleet/errors/missing", "weightcache pull"),
         lambda world: ["path", "s3://fleet/errors/missing", *where(world.host)],
     ),
     Case(
-        "no daemon", 10, "DaemonError", ("no daemon answers", "weightcache daemon"),
+        "no daemon", 10, ("no daemon answers", "weightcache daemon"),
         lambda world: ["status", f"--store={world.root}/fresh"],
     ),
     Case(
-        "control port in use", 10, "DaemonError", ("port {taken}", "in use", "choose another"),
+        "control port in use", 10, ("port {taken}", "in use", "choose another"),
         daemon("--listen=127.0.0.1:{taken}"),
     ),
     Case(
-        "bulk port in use", 10, "DaemonError", ("in use", "after that of listen", "choose another"),
+        "bulk port in use", 10, ("in use", "after that of listen", "choose another"),
         daemon("--listen=127.0.0.1:{before}"),
     ),
     Case(
-        "metrics port in use", 10, "DaemonError", ("metrics", "127.0.0.1:{taken}", "choose another"),
+        "metrics port in use", 10, ("metrics", "127.0.0.1:{taken}", "choose another"),
         daemon("--metrics=127.0.0.1:{taken}"),
     ),
     Case(
-        "store in use", 8, "StoreInUse", ("{store}", "in use by process {pid}", "choose another"),
+        "store in use", 8, ("{store}", "in use by process {pid}", "choose another"),
         daemon("--store={store}"),
     ),
-    Case("socket in use", 10, "DaemonError", ("{socket}", "another daemon"), daemon("--socket={socket}")),
-    Case("socket path too long", 2, "ConfigError", ("107", "shorter"), daemon(f"--socket=/tmp/{'x' * 120}")),
-    Case("bad capacity", 2, "ConfigError", ("capacity", "12 parsecs", "200GB"), daemon("--capacity=12 parsecs")),
+    Case("socket in use", 10, ("{socket}", "another daemon"), daemon("--socket={socket}")),
+    Case("socket path too long", 2, ("107", "shorter"), daemon(f"--socket=/tmp/{'x' * 120}")),
+    Case("bad capacity", 2, ("capacity", "12 parsecs", "200GB"), daemon("--capacity=12 parsecs")),
     Case(
-        "unknown key in the file", 2, "ConfigError", ("unknown.toml", "'origin.stream'", "origin.streams"),
+        "unknown key in the file", 2, ("unknown.toml", "'origin.stream'", "origin.streams"),
         daemon("--config={root}/unknown.toml"),
     ),
-    Case("no TOML", 2, "ConfigError", ("broken.toml", "not TOML"), daemon("--config={root}/broken.toml")),
+    Case("no TOML", 2, ("broken.toml", "not TOML"), daemon("--config={root}/broken.toml")),
     Case(
-        "unknown variable", 2, "ConfigError", ("WEIGHTCACHE_STROE", "WEIGHTCACHE_STORE"), daemon(),
+        "unknown variable", 2, ("WEIGHTCACHE_STROE", "WEIGHTCACHE_STORE"), daemon(),
         {"WEIGHTCACHE_STROE": "/tmp"},
     ),
-    Case("unknown option", 2, "UsageError", ("--stroe", "--help"), daemon("--stroe=/tmp")),
+    Case("unknown option", 2, ("--stroe", "--help"), daemon("--stroe=/tmp")),
     Case(
-        "a key that others can read", 2, "ConfigError", ("open.key", "chmod 600"),
+        "a key that others can read", 2, ("open.key", "chmod 600"),
         daemon("--cluster-key-file={root}/open.key"),
     ),
     Case(
-        "a key that is too short", 2, "ConfigError", ("short.key", "openssl rand"),
+        "a key that is too short", 2, ("short.key", "openssl rand"),
         daemon("--cluster-key-file={root}/short.key"),
     ),
     Case(
-        "no key", 2, "ConfigError", ("missing.key", "No such file"), daemon("--cluster-key-file={root}/missing.key"),
+        "no key", 2, ("missing.key", "No such file"), daemon("--cluster-key-file={root}/missing.key"),
     ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_an_error_is_one_line_that_helps(world: World, case: Case) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        plain = pool.submit(cli, *case.options(world), env=case.env, timeout=30)
-        machine = pool.submit(cli, *case.options(world), "--json", env=case.env, timeout=30)
-        shown, told = plain.result(), machine.result()
-
+    done = cli(*case.options(world), env=case.env, timeout=30)
     words = [word.format(**world.names) for word in case.words]
-    said = [line for line in shown.stderr.splitlines() if not line.startswith("{")]  # a daemon's log is JSON
-    assert [line.startswith("weightcache: error: ") for line in said] == [True], shown.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("{")]  # a daemon's log is JSON
+    assert [line.startswith("weightcache: error: ") for line in said] == [True], done.stderr
     assert [word for word in words if word not in said[0]] == [], said
-    assert shown.stdout == ""
-    assert shown.returncode == told.returncode == case.code
-
-    line = json.loads(told.stdout)
-    assert line["error"] == case.kind
-    assert [word for word in words if word not in line["message"]] == []
-    assert [text for text in told.stderr.splitlines() if not text.startswith("{")] == []
+    assert done.stdout == ""
+    assert done.returncode == case.code
 
 
 def test_errors_lose_nothing(world: World) -> None:
