@@ -85,6 +85,12 @@ def test_a_host_that_dies_is_made_up_for(s3: S3Server, tmp_path: Path) -> None:
             assert Path(report["path"]).read_bytes() == data
 
 
+def under_way(host: Daemon) -> set[str]:
+    """The sources of which bytes are on their way to a host."""
+    with host.client() as client:
+        return {load["source"] for load in client.status()["loads"]}
+
+
 def test_an_object_replaced_in_mid_herd_is_named_and_nobody_gets_a_mixture(s3: S3Server, tmp_path: Path) -> None:
     """Every load of it ends, what else runs goes on, and the next load gets the new bytes from whoever has them."""
     older, newer, other = (tensors(48, TENSOR, seed=seed) for seed in (2, 3, 4))
@@ -100,10 +106,8 @@ def test_an_object_replaced_in_mid_herd_is_named_and_nobody_gets_a_mixture(s3: S
             going_on = threads.submit(hosts[0].pull, "s3://main/other.safetensors")
             assert aside.struck.wait(20)
             loads = [threads.submit(host.pull, source) for host in hosts]
-            for host in hosts:
-                with host.client() as client:
-                    wait_until(lambda: source in [load["source"] for load in client.status()["loads"]], 20, "a load")
             assert stall.struck.wait(20)
+            wait_until(lambda: all(source in under_way(host) for host in hosts), 20, "all to know the older version")
             s3.put("main", "replaced.safetensors", newer)
             s3.proxy.heal()
             errors = [load.exception(60) for load in loads]

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from tests.fleet.daemons import Daemon, Json, from_peers
 from tests.fleet.weights import CHUNK, tensors
 from tests.servers.loop import accepts, wait_until
@@ -23,6 +25,7 @@ SEED = int(os.environ.get("WEIGHTCACHE_TEST_SEED") or random.SystemRandom().rand
 IN_FLIGHT = STREAMS * CHUNK + (256 << 10) + (64 << 10)  # bytes: reads, the start of a file, and what states its version
 
 
+@pytest.mark.timeout(600)  # a second each; on a busy machine several
 def test_every_restart_resumes(s3: S3Server, tmp_path: Path) -> None:
     print(f"seed {SEED}")  # WEIGHTCACHE_TEST_SEED repeats it
     draw = random.Random(SEED)
