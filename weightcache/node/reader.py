@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import socket
 import time
@@ -49,7 +50,7 @@ from weightcache.origin import Origins
 
 BESIDE_SECONDS = 2.0  # that a published manifest may come later than the header
 LANDING_THREADS = 2  # hashing and writing release the interpreter's lock
-SPARE_BUFFERS = 4  # kept for the next reads
+SPARE_BUFFERS = 4  # kept for the next reads, while there are any
 Chunk = tuple[int, int, int, bytes]
 Result = TypeVar("Result")
 
@@ -172,6 +173,8 @@ class Reader:
                 self._post("failed", [[request, *_routed(error)]])
             finally:
                 self._tasks.pop(request, None)
+                if not self._tasks:
+                    self._buffers.clear()
 
         self._tasks[request] = asyncio.ensure_future(run())
 
@@ -179,9 +182,9 @@ class Reader:
         assert self._origins is not None
         began = time.monotonic()
         begin, end = chunks[0][1], chunks[-1][1] + chunks[-1][2]
-        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(CHUNK))
+        buffer = self._buffers.pop() if self._buffers else _buffer(CHUNK)
         if len(buffer) < end - begin:
-            buffer = memoryview(bytearray(end - begin))
+            buffer = _buffer(end - begin)
         data = buffer[: end - begin]
         await self._origins.fill(target.entry, begin, data)
         pieces = [data[offset - begin : offset - begin + length] for _, offset, length, _ in chunks]
@@ -247,6 +250,11 @@ class Reader:
     def _post(self, *message: Any, fds: Sequence[int] = ()) -> None:
         with contextlib.suppress(ChannelClosed):
             self._channel.post(*message, fds=fds)
+
+
+def _buffer(size: int) -> memoryview:
+    """Memory that counts from its first use on, and is given back when it is dropped: malloc's does neither."""
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _believed(found: bytes, entry: FileEntry, plan: ChunkPlan, head: bytes) -> bytes:
