@@ -22,6 +22,7 @@ from bench.standing import ROOT
 from bench.table import Column, Row, Table, at_most
 from tests.fleet.daemons import Daemon
 from tests.servers.loop import spawn, wait_until
+from tests.servers.s3 import S3Server
 
 MS = "{:.1f}"
 LATENCIES = (
@@ -115,6 +116,8 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 # -- memory
 
+FROM_S3 = ", from S3"
+
 
 def memory(run: Run) -> Table:
     """All processes of a daemon together: idle, while it moves blobs of several sizes, and after."""
@@ -127,7 +130,7 @@ def memory(run: Run) -> Table:
     table = Table(
         "memory", "a daemon's memory, all its processes together",
         "PSS: pages they share are counted once. Idle: just started, connected to one peer. While it moves: the most "
-        "that 20 samples a second saw.", columns,
+        "that 20 samples a second saw. From S3: by another daemon, which has no peer.", columns,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -148,11 +151,24 @@ def memory(run: Run) -> Table:
             receiving.forget(source)
         after = {"sending": held_by(sending.pids), "receiving": held_by(receiving.pids)}
         table.rows.append(_held("after", after, before))
+        s3 = enter(S3Server(run.folder / "s3"))
+        reading = enter(host(run.folder / "c", env=s3.env() | {"AWS_ENDPOINT_URL": s3.direct, "AWS_ALLOW_HTTP": "true"}))
+        before = {"receiving": held_by(reading.pids)}
+        for size in sizes:
+            s3.put("bench", f"blob{size}", run.folder / f"blob{size}")
+            rounds.drain()
+            with HighWater(lambda: reading.pids) as most_reading:
+                reading.pull(f"s3://bench/blob{size}")
+            table.rows.append(_held(f"{size / MB:.0f} MB{FROM_S3}", {"receiving": most_reading.bytes}, before))
+            reading.forget(f"s3://bench/blob{size}")
     smallest, largest = (f"{size / MB:.0f} MB" for size in (sizes[0], sizes[-1]))
     table.expect(at_most(120, "MB idle"), "idle", "receiving")
     for side in ("sending", "receiving"):
         table.expect(at_most(100, f"MB more while {largest} move, {side}"), largest, f"more_{side}")
         table.expect(at_most(1.2, f"times the memory of {smallest}, {side}"), largest, side, smallest)
+    largest += FROM_S3
+    table.expect(at_most(100, f"MB more while {largest} move"), largest, "more_receiving")
+    table.expect(at_most(1.2, f"times the memory of {smallest}{FROM_S3}"), largest, "receiving", smallest + FROM_S3)
     return table
 
 

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from weightcache.core.ids import check, chunk_id
-from weightcache.core.layout import CHUNK, ChunkPlan
+from weightcache.core.layout import CHUNK
 from weightcache.store.records import Tables
+
+PIECE = 1 << 20  # bytes of a file that is read as a whole: the daemon keeps the memory
 
 
 class _Hash(Protocol):
@@ -22,13 +24,12 @@ class _Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def read_chunks(fd: int, plan: ChunkPlan, indices: Iterable[int]) -> Iterator[tuple[int, memoryview]]:
-    """The bytes of chunks, each valid until the next is asked for; shorter than planned where the file ends early."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: it makes the next chunk look like a used one
-    buffer = memoryview(bytearray(min(CHUNK, plan.size)))
-    for index in indices:
-        offset, length = plan.span(index)
-        yield index, buffer[: _read(fd, buffer[:length], offset)]
+def read_spans(fd: int, spans: Iterable[tuple[int, int]], longest: int) -> Iterator[memoryview]:
+    """The bytes of (offset, length), each valid until the next is asked for; fewer where the file ends early."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: it makes the next span look like a used one
+    buffer = memoryview(bytearray(longest))
+    for offset, length in spans:
+        yield buffer[: _read(fd, buffer[:length], offset)]
 
 
 def _read(fd: int, view: memoryview, offset: int) -> int:
@@ -48,21 +49,23 @@ def _read(fd: int, view: memoryview, offset: int) -> int:
 def scrub(fd: int, tables: Tables, *, deep: bool = False) -> Iterator[tuple[int, bool]]:
     """(index, whether it is intact) for every chunk had: by xxh3-128, or by its BLAKE3 id where ``deep``."""
     manifest = tables.manifest
-    for index, data in read_chunks(fd, manifest.plan, tables.had):
+    spans = map(manifest.plan.span, tables.had)
+    for index, data in zip(tables.had, read_spans(fd, spans, min(CHUNK, manifest.size)), strict=True):
         good = chunk_id(data) == manifest.id(index) if deep else check(data) == manifest.check(index)
         yield index, good and len(data) == manifest.plan.span(index)[1]
 
 
-def matches(fd: int, plan: ChunkPlan, digest: str, go_on: Callable[[], None] = lambda: None) -> bool | None:
+def matches(fd: int, size: int, digest: str, go_on: Callable[[], None] = lambda: None) -> bool | None:
     """Whether the whole file has ``digest`` (``sha256:``, ``md5:`` or ``crc32c:HEX``); None: nothing here can tell.
 
-    ``go_on`` is called between chunks, and may raise.
+    ``go_on`` is called between pieces, and may raise.
     """
     algorithm, _, expected = digest.partition(":")
     state = _hash(algorithm)
     if state is None:
         return None
-    for _, data in read_chunks(fd, plan, range(len(plan))):
+    spans = ((offset, min(PIECE, size - offset)) for offset in range(0, size, PIECE))
+    for data in read_spans(fd, spans, PIECE):
         go_on()
         state.update(data)
     return state.hexdigest() == expected.lower()
