@@ -53,6 +53,11 @@ class Ranges:
             begin, end = min(begin, self._begins[first]), max(end, self._ends[last - 1])
         self._begins[first:last], self._ends[first:last] = [begin], [end]
 
+    @property
+    def whole(self) -> bool:
+        """All of it is had."""
+        return self._whole
+
     def _covers(self, begin: int, end: int) -> bool:
         at = bisect.bisect_right(self._begins, begin) - 1
         return begin >= end or (at >= 0 and end <= self._ends[at])
@@ -114,7 +119,7 @@ class OpenLoad:
         self._over = threading.Event()
         self._closed = asyncio.Event()
         self._load = load
-        self._inodes = [_inode(file.path) for file in self.files]
+        self._inodes = {file.path: _inode(file.path) for file in self.files}
         self._learn()
 
     def _learn(self) -> None:
@@ -176,15 +181,16 @@ class OpenLoad:
 
     async def _reopen(self, source: str, single: bool) -> None:
         self._load = await self._worker.load(source, single)
-        found = self._load.snapshot["files"]
-        try:
-            same = [(file["path"], file["at"]) for file in found] == [(file.name, file.path) for file in self.files]
-            same = same and [_inode(file["at"]) for file in found] == self._inodes
-        except FileNotFoundError:
-            same = False
-        if not same:
+        found = [(file["path"], file["at"]) for file in self._load.snapshot["files"]]
+        if found != [(file.name, file.path) for file in self.files] or not all(map(self._is_same, self.files)):
             raise SourceChanged(f"{source}: it was replaced while the daemon restarted; open it again")
         self._learn()
+
+    def _is_same(self, file: OpenFile) -> bool:
+        """Whether what arrives at a file's path arrives where it was opened. A whole one may have become a link to
+        another that is identical: who has it open has all of its bytes.
+        """
+        return file.ranges.whole or _inode(file.path) == self._inodes[file.path]
 
 
 class OpenSnapshot:
@@ -213,8 +219,12 @@ class OpenSnapshot:
             self._load.close()
 
 
-def _inode(path: str) -> tuple[int, int]:
-    found = os.stat(path)
+def _inode(path: str) -> tuple[int, int] | None:
+    """None: there is no such file."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
     return found.st_dev, found.st_ino
 
 

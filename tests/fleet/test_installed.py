@@ -15,7 +15,7 @@ from tests.fleet.daemons import Daemon, cli
 from tests.fleet.models import BUILD, SWARM
 from tests.fleet.test_snapshot_dirs import PIPELINE
 from tests.fleet.weights import minilm
-from tests.fleet.workers import Worker
+from tests.fleet.workers import CROWD, Worker
 from tests.servers.hub import HubServer
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
@@ -160,7 +160,7 @@ def swarm(s3: S3Server, host: Daemon, models: Path, tmp_path: Path) -> Iterator[
     """A process that starts workers, the source they load, and the digest of its tensors. Its bytes stall halfway."""
     with Worker(tmp_path / "log", OFFLINE | host.worker_env) as worker:
         shards = sorted(path.name for path in (models / "llama").glob("*.safetensors"))
-        worker.run(f"shards = {shards!r}\n" + SWARM)
+        worker.run(f"shards = {shards!r}\n" + SWARM + CROWD)
         digest = worker.run("", f"digest(whole({str(models / 'llama')!r}))")
         assert worker.run("", f"digest(files({str(models / 'llama') + '/'!r}))") == digest
         source = put(s3, f"swarm{os.getpid()}{id(worker)}", models / "llama")

@@ -25,6 +25,42 @@ for line in sys.stdin:
     print(json.dumps(answer), flush=True)
 """
 
+# Many workers that share what one process has imported: each is a fork of it, and loads in one of its ``ways``.
+CROWD = """
+import hashlib, os
+
+def digest(tensors):
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        state.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+workers = []
+
+def begin(count, source):
+    for number in range(count):
+        read, write = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                answer = digest(ways[number % len(ways)](source))
+            except Exception as error:
+                answer = f"{type(error).__name__}: {error}"
+            os.write(write, answer.encode())
+            os._exit(0)
+        os.close(write)
+        workers.append((pid, read))
+    return [pid for pid, _ in workers]
+
+def collect():
+    answers = []
+    for pid, read in workers:
+        answers.append(open(read).read())
+        os.waitpid(pid, 0)
+    workers.clear()
+    return answers
+"""
+
 
 class WorkerError(Exception):
     """What a worker raised: its class and message."""

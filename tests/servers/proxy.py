@@ -29,6 +29,12 @@ class Exchange:
     range: str
     sent: int = 0
 
+    @property
+    def begin(self) -> int:
+        """The offset of the first byte it asks for."""
+        found = re.search(r"bytes=(\d+)-", self.range)
+        return int(found[1]) if found else 0
+
 
 @dataclass(eq=False)
 class Fault:
@@ -40,6 +46,7 @@ class Fault:
     status: int = 0
     retry_after: int | None = None
     after: int = 0  # bytes of body that still pass
+    begin: int = 0  # what asks for bytes before this offset is left alone
     struck: threading.Event = field(default_factory=threading.Event)  # set when it has happened
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -81,9 +88,9 @@ class FaultProxy:
         """Reset the connection once ``after`` bytes of body have passed."""
         return self._add(Fault(path, "reset", times, after=after))
 
-    def stall(self, path: str, after: int = 0, times: int = 1) -> Fault:
+    def stall(self, path: str, after: int = 0, times: int = 1, begin: int = 0) -> Fault:
         """Say nothing more once ``after`` bytes of body have passed, until ``release``."""
-        return self._add(Fault(path, "stall", times, after=after))
+        return self._add(Fault(path, "stall", times, after=after, begin=begin))
 
     def release(self, fault: Fault) -> None:
         self._thread.call(fault.released.set)
@@ -181,7 +188,7 @@ class FaultProxy:
 
     def _fault(self, exchange: Exchange) -> Fault | None:
         for fault in self._faults:
-            if fault.times and re.search(fault.path, exchange.path):
+            if fault.times and re.search(fault.path, exchange.path) and exchange.begin >= fault.begin:
                 fault.times -= 1
                 return fault
         return None
