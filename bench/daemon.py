@@ -152,7 +152,8 @@ def memory(run: Run) -> Table:
         after = {"sending": held_by(sending.pids), "receiving": held_by(receiving.pids)}
         table.rows.append(_held("after", after, before))
         s3 = enter(S3Server(run.folder / "s3"))
-        reading = enter(host(run.folder / "c", env=s3.env() | {"AWS_ENDPOINT_URL": s3.direct, "AWS_ALLOW_HTTP": "true"}))
+        env = s3.env() | {"AWS_ENDPOINT_URL": s3.direct, "AWS_ALLOW_HTTP": "true"}
+        reading = enter(host(run.folder / "c", env=env))
         before = {"receiving": held_by(reading.pids)}
         for size in sizes:
             s3.put("bench", f"blob{size}", run.folder / f"blob{size}")

