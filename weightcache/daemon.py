@@ -39,7 +39,9 @@ from weightcache.errors import (
     to_wire,
 )
 from weightcache.log import fields
+from weightcache.node.loading import Loading
 from weightcache.node.node import Node
+from weightcache.node.report import Report
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ _STATUS: tuple[tuple[type[WeightcacheError], int], ...] = (
 )
 
 Json = dict[str, Any]
+News = dict[int, list[tuple[int, int]]]  # by file: bytes [begin, end) that are had, and not told of yet
 
 
 def build_app(node: Node) -> web.Application:
@@ -268,7 +271,7 @@ async def _verify(request: web.Request) -> web.StreamResponse:
 async def _load(request: web.Request) -> web.StreamResponse:
     body = await _body(request, source=str, revalidate=bool, single=bool, hold=bool, allow=list, ignore=list)
     patterns = _patterns(body, request.path)
-    news: dict[int, list[tuple[int, int]]] = {}
+    news: News = {}
     arrived = asyncio.Event()
 
     def on_had(file: int, begin: int, end: int) -> None:
@@ -281,15 +284,9 @@ async def _load(request: web.Request) -> web.StreamResponse:
         await loading.opened(single=bool(body["single"]))  # what fails before the first byte has a status of its own
         response = await _lines(request)
         await _say(response, loading.describe())
-        teller = asyncio.ensure_future(_tell(response, loading.progress, news, arrived))
-        try:
-            report = await loading.finished()
-        except WeightcacheError as error:
-            await _stop(teller)
-            await _say(response, {"event": "error"} | _error(error))
+        report = await _finished(response, loading, news, arrived)
+        if report is None:
             return response
-        finally:
-            await _stop(teller)
         await _tell_once(response, news)
         done = {"event": "done", "report": report.to_json()}
         if body["hold"]:
@@ -309,15 +306,8 @@ async def _publish(request: web.Request) -> web.StreamResponse:
         files = node.publisher.files(await loading.opened())
         response = await _lines(request)
         await _say(response, loading.progress() | {"event": "publishing", "files": len(files)})
-        teller = asyncio.ensure_future(_tell(response, loading.progress, {}, arrived))
-        try:
-            await loading.finished()
-        except WeightcacheError as error:
-            await _stop(teller)
-            await _say(response, {"event": "error"} | _error(error))
+        if await _finished(response, loading, {}, arrived) is None:
             return response
-        finally:
-            await _stop(teller)
         for entry in files:
             outcome = await node.publisher.publish(entry, place, force=bool(body["force"]))
             await _say(response, {"event": "file"} | outcome)
@@ -325,12 +315,23 @@ async def _publish(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _tell(
-    response: web.StreamResponse,
-    progress: Callable[[], Json],
-    news: dict[int, list[tuple[int, int]]],
-    arrived: asyncio.Event,
-) -> None:
+async def _finished(
+    response: web.StreamResponse, loading: Loading, news: News, arrived: asyncio.Event
+) -> Report | None:
+    """Wait for a load, and tell of it meanwhile; None: it failed, and that is told, too."""
+    teller = asyncio.ensure_future(_tell(response, loading.progress, news, arrived))
+    try:
+        return await loading.finished()
+    except WeightcacheError as error:
+        failed = error
+    finally:
+        teller.cancel()
+        await asyncio.gather(teller, return_exceptions=True)
+    await _say(response, {"event": "error"} | _error(failed))
+    return None
+
+
+async def _tell(response: web.StreamResponse, progress: Callable[[], Json], news: News, arrived: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     told = 0.0
     while True:
@@ -343,16 +344,11 @@ async def _tell(
             await _say(response, progress())
 
 
-async def _tell_once(response: web.StreamResponse, news: dict[int, list[tuple[int, int]]]) -> None:
+async def _tell_once(response: web.StreamResponse, news: News) -> None:
     told = dict(news)
     news.clear()
     for file, ranges in told.items():
         await _say(response, {"event": "had", "file": file, "ranges": ranges})
-
-
-async def _stop(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 # -- running it
