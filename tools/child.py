@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from weightcache.client import SyncClient
 from weightcache.errors import DaemonError, from_wire, to_wire
-from weightcache.tools.seaweed import die_with_parent
+from weightcache.tools.local import die_with_parent
 
 START_SECONDS = 120.0  # many may start at once, on few cores, and import torch
 STOP_SECONDS = 5.0

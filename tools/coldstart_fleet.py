@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import random
 import shutil
-import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from weightcache.tools.child import PYTHON, Child, Json
 from weightcache.tools.coldstart_net import Network
 from weightcache.tools.coldstart_origin import variables
 from weightcache.tools.coldstart_settings import Role
+from weightcache.tools.local import free_pair
 
 PORT = 7700  # of every daemon that has a network of its own
 MEET_SECONDS = 60.0
@@ -55,7 +54,7 @@ class Node:
             self.address = f"{place.network.address[role.name]}:{PORT}"
             self._inside = place.network.inside(role.name)
         else:
-            self.address, self._inside = f"127.0.0.1:{_two_free_ports()}", ()
+            self.address, self._inside = f"127.0.0.1:{free_pair()}", ()
         self._children: list[Child] = []  # the daemon, and the worker
         self.client: Client
 
@@ -190,13 +189,3 @@ def _flip(path: Path, chunks: Sequence[Json]) -> None:
             byte = file.read(1)
             file.seek(at)
             file.write(bytes([byte[0] ^ 1]))
-
-
-def _two_free_ports() -> int:
-    """A port of loopback whose successor is free, too; not of those that the kernel hands out."""
-    while True:
-        port = random.randrange(10_000, 32_000, 2)
-        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", port))
-            two.bind(("127.0.0.1", port + 1))
-            return port

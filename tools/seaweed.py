@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import socket
 import subprocess
 import sysconfig
@@ -17,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from weightcache.errors import DaemonError
+from weightcache.tools.local import die_with_parent, free_ports
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -158,20 +157,3 @@ def variables(endpoint: str, secret: str = SECRET_KEY) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_REGION": "us-east-1",
     }
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct ports of 127.0.0.1 on which nobody listens."""
-    found: list[int] = []
-    with contextlib.ExitStack() as held:
-        while len(found) < count:
-            probe = held.enter_context(socket.socket())
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", 0))
-            found.append(probe.getsockname()[1])
-    return found
-
-
-def die_with_parent() -> None:
-    """For ``preexec_fn``: who starts a process and is killed leaves it not behind."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -26,7 +26,7 @@ from typing import Any, Self
 import msgpack
 
 from tests.fleet.daemons import Daemon
-from tests.servers.loop import LoopThread, free_ports
+from tests.servers.loop import LoopThread
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.ids import chunk_id
 from weightcache.core.manifest import Manifest, decode_manifest, encode_manifest
@@ -36,6 +36,7 @@ from weightcache.core.wire import BUSY, MISSING, UNKNOWN, Kind, Link, Port, Role
 from weightcache.net.control import ControlConnection, connect
 from weightcache.net.handshake import Handshake
 from weightcache.node.swarm import Info
+from weightcache.tools.local import free_ports
 
 CALLS = ("find", "want", "manifest", "shares")
 

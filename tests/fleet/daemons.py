@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any, Protocol, Self
 from tests.servers.loop import accepts, spawn, wait_until
 from weightcache.client import SyncClient
 from weightcache.config import Config
+from weightcache.tools.local import free_pair
 
 Json = dict[str, Any]
 
@@ -43,7 +43,8 @@ class Daemon:
         self.socket = root / "sock"
         self.log = root / "log"
         root.mkdir(parents=True, exist_ok=True)
-        self.port, self.bulk_port = two_free_ports()
+        self.port = free_pair()
+        self.bulk_port = self.port + 1
         self.options = [*options, *(f"--peer=127.0.0.1:{peer.port}" for peer in peers)]
         self.env = env or {}
         self.interface = interface
@@ -126,24 +127,6 @@ def _answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
-        except OSError:
-            return False
-    return True
-
-
-def two_free_ports() -> tuple[int, int]:
-    """A control port whose successor is free, too: not of those that the kernel hands out to anybody who connects."""
-    while True:
-        port = random.randrange(10_000, 32_000, 2)
-        if _is_free(port) and _is_free(port + 1):
-            return port, port + 1
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
         except OSError:
             return False
     return True

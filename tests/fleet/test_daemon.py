@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.fleet.bad_peer import read
 from tests.fleet.daemons import Daemon, Json, cli
 from tests.fleet.weights import tensors
-from tests.servers.loop import accepts, free_ports, wait_until
+from tests.servers.loop import accepts, wait_until
 from tests.servers.s3 import S3Server
 from weightcache.core.ids import blob_id, check, chunk_id
 from weightcache.core.layout import ChunkPlan
@@ -25,6 +25,7 @@ from weightcache.core.manifest import Manifest
 from weightcache.errors import DaemonError
 from weightcache.store import Store
 from weightcache.tools.coldstart_machine import cpu
+from weightcache.tools.local import free_ports
 
 MIB = 1 << 20
 NEVER = 1 << 60

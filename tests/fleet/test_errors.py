@@ -18,11 +18,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from tests.fleet.bad_peer import read
-from tests.fleet.daemons import Daemon, Json, cli, two_free_ports
+from tests.fleet.daemons import Daemon, Json, cli
 from tests.fleet.weights import tensors
 from tests.servers.hub import HubServer
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from weightcache.tools.local import free_pair
 
 MIB = 1 << 20
 _numbers = count()
@@ -66,7 +67,7 @@ def world(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
         options = (f"--file-root={shelf}", "--origin-attempts=2")
         host = stack.enter_context(Weak(root / "host", *options, env=env))
         denied = stack.enter_context(Daemon(root / "denied", env=s3_server.env(secret="wrong")))
-        _, taken = two_free_ports()
+        taken = free_pair() + 1
         stack.enter_context(socket.create_server(("127.0.0.1", taken)))
         host.pull("s3://fleet/errors/file.safetensors")
         yield World(root, host, denied, taken)

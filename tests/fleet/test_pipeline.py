@@ -27,12 +27,13 @@ from tests.fleet.daemons import Daemon
 from tests.fleet.weights import CHUNK, tensors
 from tests.fleet.workers import Worker
 from tests.runtime import pipelines
-from tests.servers.loop import accepts, free_ports, spawn, wait_until
+from tests.servers.loop import accepts, spawn, wait_until
 from tests.servers.s3 import S3Server
 from weightcache import openfile
 from weightcache.errors import DaemonError, LoadFailed, SourceChanged, SourceError
 from weightcache.openfile import OpenFile
 from weightcache.runtime import load_lora, load_pipeline, report_of, swap, swapping, wait
+from weightcache.tools.local import free_ports
 
 BUCKET = "pipelines"
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.servers.liar import Liar
-from tests.servers.loop import free_ports
 from tests.servers.nginx import NginxServer
 from tests.servers.proxy import FaultProxy
 from weightcache.core.source import parse_source
 from weightcache.errors import OriginUnavailable, SourceChanged, SourceDenied, SourceError, SourceNotFound
 from weightcache.origin import Origins
+from weightcache.tools.local import free_ports
 
 Make = Callable[..., Origins]
 BODY = random.Random(3).randbytes(3_000_001)

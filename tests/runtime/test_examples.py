@@ -9,7 +9,8 @@ import urllib.request
 from pathlib import Path
 
 from tests.runtime import pipelines
-from tests.servers.loop import accepts, free_ports, spawn, wait_until
+from tests.servers.loop import accepts, spawn, wait_until
+from weightcache.tools.local import free_ports
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PNG = b"\x89PNG"

@@ -1,11 +1,9 @@
-"""What the servers share: free ports, waiting for a condition with a deadline, an event loop in a thread."""
+"""What the servers share: waiting for a condition with a deadline, an event loop in a thread."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import signal
 import socket
 import subprocess
 import threading
@@ -14,19 +12,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from weightcache.tools.local import die_with_parent
+
 T = TypeVar("T")
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct ports on which nobody listens."""
-    found: list[int] = []
-    with contextlib.ExitStack() as held:
-        while len(found) < count:
-            probe = held.enter_context(socket.socket())
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", 0))
-            found.append(probe.getsockname()[1])
-    return found
 
 
 def wait_until(condition: Callable[[], T], seconds: float = 20.0, what: str = "condition") -> T:
@@ -50,10 +38,6 @@ SPAWNER = ThreadPoolExecutor(1, "spawner")  # a child's "parent" is the thread t
 
 def spawn(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a process that is killed when this one ends, however it ends: no test run leaves a server behind."""
-    libc = ctypes.CDLL(None)
-
-    def die_with_parent() -> None:
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, preexec_fn=die_with_parent, **options)

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from tests.servers.loop import accepts, free_ports, spawn, wait_until
+from tests.servers.loop import accepts, spawn, wait_until
+from weightcache.tools.local import free_ports
 
 _MOODS = {
     "plain": "",

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.servers.loop import accepts, free_ports, spawn, wait_until
+from tests.servers.loop import accepts, spawn, wait_until
+from weightcache.tools.local import free_ports
 
 
 class RedisServer:
