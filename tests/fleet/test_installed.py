@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,34 @@ from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
 
 WORKERS = 20
+_numbers = count()
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    with Worker(folder / "log", OFFLINE) as worker:
-        worker.run(BUILD + f"build({str(folder)!r})")
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("installed")
+
+
+@pytest.fixture(scope="module")
+def host(s3_server: S3Server, folder: Path) -> Iterator[Daemon]:
+    options = ("--origin-timeout=100", f"--file-root={folder / 'models'}", f"--file-root={minilm()}")
+    with Daemon(folder / "a", *options, env=s3_server.env()) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path, host: Daemon) -> Iterator[Worker]:
+    """A process with transformers and, beside it, what is to be installed."""
+    with Worker(folder / "log", OFFLINE | host.env | host.worker_env) as worker:
+        worker.run(BUILD + "import weightcache.runtime as ours")
+        yield worker
+
+
+@pytest.fixture(scope="module")
+def models(library: Worker, folder: Path) -> Path:
+    library.run(f"build({str(folder / 'models')!r})")
+    return folder / "models"
 
 
 def put(s3: S3Server, bucket: str, folder: Path) -> str:
@@ -38,26 +58,23 @@ def put(s3: S3Server, bucket: str, folder: Path) -> str:
     return f"s3://{bucket}/{folder.name}/"
 
 
-def test_transformers_gives_the_same_from_a_source(s3: S3Server, tmp_path: Path, models: Path) -> None:
+def test_transformers_gives_the_same_from_a_source(s3: S3Server, library: Worker, models: Path) -> None:
     shards = list((models / "llama").glob("*.safetensors"))
     assert len(shards) > 3
-    host = Daemon(tmp_path / "a", f"--file-root={models}", f"--file-root={minilm()}")
-    with host, Worker(tmp_path / "log", OFFLINE | host.worker_env) as worker:
-        worker.run(BUILD + "import weightcache.runtime as ours")
-        for name, local, source in [
-            ("bert", minilm(), f"file://{minilm()}/"),
-            ("clip", models / "clip", put(s3, "models", models / "clip")),
-            ("t5", models / "t5", f"file://{models}/t5"),
-            ("llama", models / "llama", put(s3, "models", models / "llama")),
-        ]:
-            worker.run(f"expected = {name}({str(local)!r})")
-            worker.run(f"with ours.installed(): found = {name}({source!r})")
-            assert worker.run("", "torch.equal(found, expected) and found.numel() > 0"), name
-            worker.run(f"with ours.installed(): again = {name}({str(local)!r})")
-            assert worker.run("", "torch.equal(again, expected)"), name
-        words = f"AutoTokenizer.from_pretrained({str(minilm())!r})('some words')['input_ids']"
-        worker.run(f"with ours.installed(): found = {words.replace(str(minilm()), f'file://{minilm()}/')}")
-        assert worker.run("", f"found == {words}")
+    for name, local, source in [
+        ("bert", minilm(), f"file://{minilm()}/"),
+        ("clip", models / "clip", put(s3, "models", models / "clip")),
+        ("t5", models / "t5", f"file://{models}/t5"),
+        ("llama", models / "llama", put(s3, "models", models / "llama")),
+    ]:
+        library.run(f"expected = {name}({str(local)!r})")
+        library.run(f"with ours.installed(): found = {name}({source!r})")
+        assert library.run("", "torch.equal(found, expected) and found.numel() > 0"), name
+        library.run(f"with ours.installed(): again = {name}({str(local)!r})")
+        assert library.run("", "torch.equal(again, expected)"), name
+    words = f"AutoTokenizer.from_pretrained({str(minilm())!r})('some words')['input_ids']"
+    library.run(f"with ours.installed(): found = {words.replace(str(minilm()), f'file://{minilm()}/')}")
+    assert library.run("", f"found == {words}")
 
 
 def test_diffusers_gives_the_same_image_from_a_source_and_reads_only_what_it_needs(
@@ -105,19 +122,17 @@ def same(one, other):
 """
 
 
-def test_a_lora_comes_from_a_file_or_a_directory_of_a_source(s3: S3Server, tmp_path: Path) -> None:
-    host = Daemon(tmp_path / "a")
-    with host, Worker(tmp_path / "log", OFFLINE | host.worker_env) as worker:
-        worker.run(PIPELINE + LORA + f"build({str(tmp_path)!r})\nimport weightcache.runtime as ours")
-        local, model, name = tmp_path / "lora", tmp_path / "model", "pytorch_lora_weights.safetensors"
-        worker.run(f"make_lora({str(model)!r}, {str(local)!r}); expected = lora_state({str(model)!r}, {str(local)!r})")
-        (local / "another.safetensors").write_bytes(os.urandom(2 << 20))
-        source = put(s3, "loras", local)
-        s3.proxy.reset_counts()
-        for given in (f"{source + name!r}", f"{source!r}, weight_name={name!r}"):
-            worker.run(f"with ours.installed(): found = lora_state({str(model)!r}, {given})")
-            assert worker.run("", "same(found, expected)")
-        assert s3.proxy.egress < 1 << 20  # the other one is not wanted
+def test_a_lora_comes_from_a_file_or_a_directory_of_a_source(s3: S3Server, library: Worker, tmp_path: Path) -> None:
+    library.run(PIPELINE.replace("def build(", "def build_pipeline(") + LORA + f"build_pipeline({str(tmp_path)!r})")
+    local, model, name = tmp_path / "lora", tmp_path / "model", "pytorch_lora_weights.safetensors"
+    library.run(f"make_lora({str(model)!r}, {str(local)!r}); expected = lora_state({str(model)!r}, {str(local)!r})")
+    (local / "another.safetensors").write_bytes(os.urandom(2 << 20))
+    source = put(s3, "loras", local)
+    s3.proxy.reset_counts()
+    for given in (f"{source + name!r}", f"{source!r}, weight_name={name!r}"):
+        library.run(f"with ours.installed(): found = lora_state({str(model)!r}, {given})")
+        assert library.run("", "same(found, expected)")
+    assert s3.proxy.egress < 1 << 20  # the other one is not wanted
 
 
 def test_ids_of_the_hub_are_the_librarys_own_business_unless_asked_for(hub: HubServer, tmp_path: Path) -> None:
@@ -149,29 +164,36 @@ with ours.installed(hub=True):
         assert list((tmp_path / "theirs").glob("models--org--minilm"))
 
 
-@pytest.fixture
-def host(s3: S3Server, tmp_path: Path) -> Iterator[Daemon]:
-    with Daemon(tmp_path / "a", "--origin-timeout=5") as host:
-        yield host
-
-
-@pytest.fixture
-def swarm(s3: S3Server, host: Daemon, models: Path, tmp_path: Path) -> Iterator[tuple[Worker, str, str]]:
-    """A process that starts workers, the source they load, and the digest of its tensors. Its bytes stall halfway."""
-    with Worker(tmp_path / "log", OFFLINE | host.worker_env) as worker:
+@pytest.fixture(scope="module")
+def starter(host: Daemon, models: Path, folder: Path) -> Iterator[Worker]:
+    """A process that starts workers."""
+    with Worker(folder / "starter.log", OFFLINE | host.env | host.worker_env) as worker:
         shards = sorted(path.name for path in (models / "llama").glob("*.safetensors"))
         worker.run(f"shards = {shards!r}\n" + SWARM + CROWD)
-        digest = worker.run("", f"digest(whole({str(models / 'llama')!r}))")
-        assert worker.run("", f"digest(files({str(models / 'llama') + '/'!r}))") == digest
-        source = put(s3, f"swarm{os.getpid()}{id(worker)}", models / "llama")
-        s3.proxy.reset_counts()
-        s3.proxy.stall(r"\.safetensors$", after=1 << 20, times=1000)
-        yield worker, source, digest
+        yield worker
+
+
+@pytest.fixture
+def swarm(s3: S3Server, starter: Worker, models: Path) -> Iterator[tuple[Worker, str, str]]:
+    """What starts workers, a new source for them to load, and the digest of its tensors. Its bytes stall halfway."""
+    digest = starter.run("", f"digest(whole({str(models / 'llama')!r}))")
+    assert starter.run("", f"digest(files({str(models / 'llama') + '/'!r}))") == digest
+    source = put(s3, f"swarm{next(_numbers)}", models / "llama")
+    s3.proxy.reset_counts()
+    s3.proxy.stall(r"\.safetensors$", after=1 << 20, times=1000)
+    yield starter, source, digest
+    s3.proxy.heal()
+    starter.run("", "collect()")
 
 
 def leased(host: Daemon) -> list[dict[str, object]]:
     with host.client() as client:
         return [blob for blob in client.ls()["blobs"] if blob["leases"]]
+
+
+def most(host: Daemon) -> int:
+    """How many hold the blob that most do: those that load file by file may all wait for the first one."""
+    return max((int(str(blob["leases"])) for blob in leased(host)), default=0)
 
 
 def weights(models: Path) -> int:
@@ -183,15 +205,9 @@ def test_twenty_workers_are_one_download_and_one_that_is_killed_takes_nothing_wi
 ) -> None:
     worker, source, digest = swarm
     pids = worker.run("", f"begin({WORKERS}, {source!r})")
-    wait_until(lambda: s3.proxy.egress >= 1 << 20, 30, "the load to be under way")
-
-    def most() -> int:
-        return max((int(str(blob["leases"])) for blob in leased(host)), default=0)
-
-    # Those that load file by file may all wait for the first one.
-    wait_until(lambda: most() == WORKERS, 30, "all workers to hold it")
+    wait_until(lambda: most(host) == WORKERS, 60, "all workers to hold it")
     os.kill(pids[0], signal.SIGKILL)
-    wait_until(lambda: most() == WORKERS - 1, 30, "the lease of the dead to be freed")
+    wait_until(lambda: most(host) == WORKERS - 1, 30, "the lease of the dead to be freed")
     s3.proxy.heal()
     assert worker.run("", "collect()") == [""] + [digest] * (WORKERS - 1)
     wait_until(lambda: not leased(host), 10, "all leases to end")
@@ -204,7 +220,7 @@ def test_a_daemon_that_restarts_in_the_middle_goes_on(
 ) -> None:
     worker, source, digest = swarm
     worker.run("", f"begin(6, {source!r})")
-    wait_until(lambda: s3.proxy.egress >= 1 << 20, 30, "the load to be under way")
+    wait_until(lambda: most(host) == 6, 60, "all workers to hold it")
     host.kill()
     s3.proxy.heal()
     host.start()
@@ -216,9 +232,11 @@ def test_an_origin_that_goes_away_for_good_is_a_clear_error(
     s3: S3Server, host: Daemon, swarm: tuple[Worker, str, str]
 ) -> None:
     worker, source, _ = swarm
+    usual = host.options
     host.kill()
-    host.options += ["--origin-attempts=1", "--origin-timeout=0.5"]
+    host.options = [*usual, "--origin-attempts=1", "--origin-timeout=0.5"]
     host.start()
+    host.options = usual
     worker.run("", f"begin(3, {source!r})")
     for answer in worker.run("", "collect()"):
         assert re.match(r"(LoadFailed|OriginUnavailable): .*s3://.*; try again", answer), answer
