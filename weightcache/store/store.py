@@ -118,11 +118,6 @@ class Store:
         for blob in files:
             self._files.remove(blob)
 
-    def flush(self) -> None:
-        """Put the index on the disk. Slow."""
-        with _told(self.root):
-            self._index.sync()
-
     def interrupt(self) -> None:
         """Have long readings and flushes of other threads end soon, with StoreError: the store is about to close."""
         self._interrupted.set()
