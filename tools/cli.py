@@ -19,7 +19,7 @@ from weightcache.client import Client
 from weightcache.config import Config
 from weightcache.core.source import is_source
 from weightcache.errors import BlobCorrupt, ConfigError, StoreError, WeightcacheError, from_wire
-from weightcache.tools import exits, show
+from weightcache.tools import exits, show, streams
 from weightcache.tools.coldstart import coldstart
 from weightcache.tools.fleet_command import simulate
 from weightcache.tools.options import command, parse_size
@@ -130,6 +130,12 @@ def pull(
 async def _pull(config: Config, sources: list[str], wanted: Json, as_json: bool, events: bool) -> int:
     from weightcache.tools.progress import pulling
 
+    def tell(source: str, outcome: Json | WeightcacheError) -> None:
+        if isinstance(outcome, WeightcacheError):
+            exits.tell(outcome, as_json=as_json, source=source)
+        else:
+            print(show.as_line(outcome) if as_json else show.pulled(outcome), flush=True)
+
     gate = asyncio.Semaphore(AT_ONCE)
     with pulling() as bar:
         async with Client(config) as client:
@@ -138,21 +144,18 @@ async def _pull(config: Config, sources: list[str], wanted: Json, as_json: bool,
                 hear = partial(_print_event, source) if as_json and events else bar(source)
                 async with gate:
                     try:
-                        report = await client.pull(source, hear, **wanted)
+                        outcome: Json | WeightcacheError = await client.pull(source, hear, **wanted)
                     except WeightcacheError as error:
-                        return error
-                if as_json:
-                    print(show.as_line(report), flush=True)
-                return report
+                        outcome = error
+                if as_json:  # as each ends; people see a bar meanwhile
+                    tell(source, outcome)
+                return outcome
 
             outcomes = await asyncio.gather(*(one(source) for source in sources))
-    codes = []
-    for source, outcome in zip(sources, outcomes, strict=True):
-        if isinstance(outcome, WeightcacheError):
-            codes.append(exits.tell(outcome, as_json=as_json, source=source))
-        elif not as_json:
-            print(show.pulled(outcome))
-    return codes[0] if codes else 0
+    if not as_json:
+        for source, outcome in zip(sources, outcomes, strict=True):
+            tell(source, outcome)
+    return next((outcome.exit_code for outcome in outcomes if isinstance(outcome, WeightcacheError)), 0)
 
 
 def _print_event(source: str, event: Json) -> None:
@@ -299,7 +302,10 @@ def evict(
 
     outcome = asyncio.run(ask())
     print(show.as_line(outcome) if as_json else show.evicted(outcome))
-    if (names and outcome["kept"]) or outcome["freed"] < (need or 0):
+    short = outcome["freed"] < (need or 0)
+    if short and not as_json:
+        exits.say("StoreError", f"evict: less than {show.human(need or 0)} may go; ls shows what is held", as_json=False)
+    if short or (names and outcome["kept"]):
         raise typer.Exit(StoreError.exit_code)
 
 
@@ -454,12 +460,6 @@ def _usage(error: Exception) -> str:
     return f"{error.format_message().rstrip('.')}; see: {where} --help"  # type: ignore[attr-defined]
 
 
-def _unread() -> int:
-    """Who read our output has seen enough. What is still buffered must not fail once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return exits.BROKEN_PIPE
-
-
 def run(arguments: list[str]) -> int:
     """Run a command; the code to exit with. Whatever goes wrong is one line, never a traceback."""
     as_json = "--json" in arguments
@@ -470,10 +470,10 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return exits.INTERRUPTED
     except BrokenPipeError:
-        return _unread()
+        return streams.give_up()
     except SystemExit as left:
         if left.code == 1:  # typer's own way with a broken pipe
-            return _unread()
+            return streams.give_up()
         raise
     except Exception as error:  # noqa: BLE001 - a traceback is no answer
         if hasattr(error, "format_message"):  # the arguments are wrong; typer's name for that differs by version
@@ -484,5 +484,8 @@ def run(arguments: list[str]) -> int:
 
 def main() -> NoReturn:
     """The console script."""
+    streams.reopen()
     signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    streams.settle()
+    sys.exit(code)

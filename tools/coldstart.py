@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -75,7 +76,7 @@ def coldstart(
     then only say what their links are.
 
     The bound is what no fleet can beat: the object once over the origin's link (unless some node has it), and once
-    over each node's own. Exits with the code of the first failure; 1 if bytes differ.
+    over each node's own. Exits 1 if a node fails or bytes differ.
 
     \b
     weightcache coldstart --size 300MB --nodes 8 --link 400mbit --origin-link 400mbit --report herd.html
@@ -90,8 +91,8 @@ def coldstart(
         force,
     )  # fmt: skip
     settings.check()
-    if report is not None and not report.absolute().parent.is_dir():
-        raise ConfigError(f"--report {report}: there is no such directory")
+    if report is not None:
+        _check_report(report)
     if hosts is not None:
         names = [name.strip() for name in hosts.split(",") if name.strip()]
         work = _there(settings, names, via, evict=evict, loopback=loopback)
@@ -103,6 +104,15 @@ def coldstart(
     code = _tell(result, report, as_json) if result is not None and result.runs else 0
     if stopped or code:
         raise typer.Exit(stopped or code)
+
+
+def _check_report(report: Path) -> None:
+    """Raise ConfigError before anything runs, rather than after minutes."""
+    folder = report.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--report {report}: there is no such directory")
+    if report.is_dir() or not os.access(report if report.exists() else folder, os.W_OK):
+        raise ConfigError(f"--report {report}: it cannot be written; choose another file")
 
 
 async def _interruptible(work: Any) -> tuple[Result | None, int]:

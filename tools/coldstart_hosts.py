@@ -109,6 +109,8 @@ def check(settings: Settings, hosts: Sequence[str], *, loopback: bool) -> None:
     """Raise ConfigError for what cannot be done to a fleet that is there."""
     if settings.source is None:
         raise ConfigError("--hosts: give the SOURCE that they are to load")
+    if not hosts:
+        raise ConfigError("--hosts: name them, such as gpu-1,gpu-2")
     if len(set(hosts)) < len(hosts):
         raise ConfigError("--hosts: one of them is named twice")
     for name, given in (

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from weightcache.client import Client
-from weightcache.config import Config
+from weightcache.config import Config, socket_folder
 from weightcache.errors import ConfigError, DaemonError, WeightcacheError
 from weightcache.tools import coldstart_net as net
 from weightcache.tools.coldstart_fleet import Node, Origin, Place, every, fleet, origin
@@ -90,7 +90,7 @@ async def stage(
     settings: Settings, config: Config, folder: Path, watcher: Watcher, *, network: bool
 ) -> AsyncIterator[Stage]:
     """The stage, set up in ``folder``; all of it is gone when the block ends. Raises ConfigError if it is too much."""
-    for below in {folder, Path(tempfile.gettempdir())}:
+    for below in {folder, Path(socket_folder())}:
         clear(below)
     name = f"{PREFIX}{os.getpid()}-{net.started(os.getpid())}-"
     async with contextlib.AsyncExitStack() as stack:
@@ -119,7 +119,7 @@ async def stage(
         if network:
             links = {"origin": settings.origin_link} | {role.name: role.link for role in settings.roles()}
             made = stack.enter_context(net.network(links))
-        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=name)))
+        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=name, dir=socket_folder())))
         place = Place(own, sockets, made, {})
         server = await stack.enter_async_context(origin(objects, place))
         yield Stage(settings, replace(place, environ=server.environ), server, f"s3://{BUCKET}/{key}", digests, size)

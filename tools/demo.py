@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
+from weightcache.config import socket_folder
 from weightcache.errors import WeightcacheError
 from weightcache.tools import exits
 from weightcache.tools.demo_host import Host
@@ -75,7 +76,7 @@ class Demo:
         return sum(file.stat().st_size for file in self.files)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     async def step(self, title: str, why: str, hosts: Sequence[Host]) -> None:
         """Load on these hosts at the same moment."""
@@ -154,9 +155,8 @@ class Demo:
 
 
 def _via(row: Row) -> str:
-    parts = [*(f"{human(size)} from {peer}" for peer, size in row.peers.items())]
-    parts += [f"{human(row.origin)} from the origin"] if row.origin else []
-    return ", ".join(parts) or "already on its disk"
+    sources = [*row.peers.items(), ("origin", row.origin)]
+    return ", ".join(f"{name} {human(size)}" for name, size in sources if size) or "already on its disk"
 
 
 @contextlib.asynccontextmanager
@@ -165,7 +165,7 @@ async def stage(console: Console) -> AsyncIterator[Demo]:
     files = weights()
     original = next(file for file in files if file.suffix == ".safetensors")
     async with contextlib.AsyncExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightcache-demo-")))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightcache-demo-", dir=socket_folder())))
         demo = Demo(console, [], Meter(0), original, files)
         demo.say(f"Storing {len(files)} files, {human(demo.size)}, in an S3 server (SeaweedFS) on this machine ...")
         server = Seaweed(directory / "s3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -35,7 +36,9 @@ def summary() -> str:
 def tell(error: BaseException, *, as_json: bool, **facts: object) -> int:
     """Report a failure and return the code to exit with. ``facts`` go before it in the JSON object."""
     name, message = to_wire(error)
-    if not isinstance(error, WeightcacheError):
+    if isinstance(error, OSError) and error.strerror:  # a full disk under what is printed, say: nothing is wrong inside
+        message = f"{error.filename or 'input or output'}: {error.strerror}; --log-level debug shows where"
+    elif not isinstance(error, WeightcacheError):
         message = f"internal error: {message}; --log-level debug shows where"
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         traceback.print_exception(error, file=sys.stderr)
@@ -45,7 +48,8 @@ def tell(error: BaseException, *, as_json: bool, **facts: object) -> int:
 
 def say(name: str, message: str, *, as_json: bool, **facts: object) -> None:
     """One failure, where the reader looks for it."""
-    if as_json:
-        print(json.dumps({**facts, "error": name, "message": message}), flush=True)
-    else:
-        print(f"weightcache: error: {plain(message)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the way to the reader may be what failed
+        if as_json:
+            print(json.dumps({**facts, "error": name, "message": message}), flush=True)
+        else:
+            print(f"weightcache: error: {plain(message)}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -29,11 +30,17 @@ _METAVARS = {
     "datacenter": "NAME",
     "prefer": "PLACE",
     "capacity": "SIZE",
+    "peer_streams": "N",
+    "peer_bandwidth": "SIZE",
+    "serve_bandwidth": "SIZE",
+    "dirty_budget": "SIZE",
     "fresh": "SECONDS",
     "metrics": "HOST:PORT",
     "origin.allow": "PREFIX",
     "origin.file_roots": "DIR",
     "origin.streams": "N",
+    "origin.bandwidth": "SIZE",
+    "origin.manifests": "BOOL",
     "origin.attempts": "N",
     "origin.timeout": "SECONDS",
 }
@@ -69,8 +76,10 @@ def command(app: typer.Typer, name: str, *, daemon: bool = False, rest: bool = F
         @functools.wraps(function)
         def run(config_file: str | None, log_level: str, **given: Any) -> None:
             log.configure(log_level, as_json=None if daemon else False)
-            # An option that may be repeated is an empty list when it was not given at all.
-            overrides = {key: given.pop(name) or None for name, key in keys.items()}
+            # An option that may be repeated is an empty list when it was not given at all; empty text is a value.
+            overrides = {key: None if (value := given.pop(name)) == [] else value for name, key in keys.items()}
+            if rest and config_file is not None:
+                os.environ["WEIGHTCACHE_CONFIG"] = os.path.abspath(config_file)  # of the program that is run, too
             function(config=load_config(overrides, config_file), **given)
 
         own = [parameter for parameter in _signature(function) if parameter.name not in ("config", "as_json")]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from weightcache.errors import StoreError, WeightcacheError, to_wire
+from weightcache.errors import ConfigError, StoreError, WeightcacheError, to_wire
 from weightcache.tools.show import columns, human, plain
 
 SUFFIX = ".weightcache"
@@ -18,8 +18,15 @@ Json = dict[str, Any]
 
 
 def target(to: str) -> tuple[str, Path | None]:
-    """What ``--to`` says: a place as the daemon knows it, and the file or directory to be written here."""
-    return (to, None) if to in ("beside", "fleet") else ("file", Path(to))
+    """What ``--to`` says: a place as the daemon knows it, and the file or directory to be written here.
+
+    Raises ConfigError for a bare word, which is a slip of the pen rather than a file of that name.
+    """
+    if to in ("beside", "fleet"):
+        return to, None
+    if not set(to) & {".", os.sep} and not os.path.isdir(to):
+        raise ConfigError(f"--to {to!r}: beside, fleet or a path is expected, such as ./{to or 'FILE'}")
+    return "file", Path(to)
 
 
 def keep(row: Json, path: Path, *, many: bool, force: bool) -> Json:

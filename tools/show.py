@@ -190,10 +190,10 @@ def peers(rows: Sequence[Json]) -> str:
                 row["address"],
                 row.get("datacenter", "-"),
                 row["state"],
-                f"{human(row['bytes_per_second'])}/s" if row.get("bytes_per_second") else "-",
+                f"{human(row['bytes_per_second'])}/s" if row.get("received") else "-",  # till then it is a guess
                 human(row.get("received", 0)),
                 human(row.get("sent", 0)),
-                row.get("why", ""),
+                row.get("why") or "",
             )
             for row in rows
         ],

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from weightcache.config import Config, load_config
-from weightcache.errors import DaemonError, StoreInUse, from_wire
+from weightcache.config import Config, load_config, socket_folder
+from weightcache.errors import DaemonError, StoreError, StoreInUse, from_wire
 from weightcache.log import fields
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 STORE_SECONDS = 600.0  # for which an embedded node waits for another process' to leave the store
 STORE_POLL = 0.1
+TELL_SECONDS = 2.0  # a wait so long is worth a word: a worker of this same process leaves the store sooner
 MAX_LINE = 64 << 20  # bytes of one event: a snapshot of many files is large
 
 Json = dict[str, Any]
@@ -285,7 +286,7 @@ class Client:
         from weightcache.node.node import Node
 
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + STORE_SECONDS
+        began = loop.time()
         told = False
         async with contextlib.AsyncExitStack() as stack:
             while True:
@@ -297,14 +298,17 @@ class Client:
                     if await _answers(self._config.socket_path):
                         self._may_embed = False
                         return self._config.socket_path
-                    if loop.time() > deadline:
+                    waited = loop.time() - began
+                    if waited > STORE_SECONDS:
                         raise
-                    if not told:
+                    if waited > TELL_SECONDS and not told:
                         log.warning("waiting for the store", extra=fields(why=str(error)))
                         told = True
                     await asyncio.sleep(STORE_POLL)
+                except StoreError as error:  # who has no right to the store is a worker, whose daemon is not there
+                    raise type(error)(f"no daemon answers at {self._config.socket_path}, and {error}") from None
             stack.push_async_callback(node.stop)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="weightcache-"))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="weightcache-", dir=socket_folder()))
             path = Path(folder) / "node.sock"
             await stack.enter_async_context(serving(node, path))
             self._embedded = stack.pop_all()
@@ -320,9 +324,12 @@ def _globs(allow: Globs, ignore: Globs) -> Json:
 
 
 async def _answers(path: Path) -> bool:
-    """Whether something listens on a Unix socket."""
+    """Whether something listens on a Unix socket. Raises DaemonError if this user may not know."""
     try:
         _, writer = await asyncio.open_unix_connection(path)
+    except PermissionError as error:
+        way_out = "it is for the daemon's user and group: be one of them, or choose another socket"
+        raise DaemonError(f"socket {path}: {error.strerror}; {way_out}") from None
     except OSError:
         return False
     writer.close()

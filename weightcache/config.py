@@ -88,6 +88,13 @@ def _address(value: object) -> str:
     return str(parse_address(value))
 
 
+def _listen(value: object) -> str:
+    address = parse_address(value)
+    if address.port == 65535:
+        raise ValueError("a port below 65535 is expected: bulk data has the next one")
+    return str(address)
+
+
 def _peer(value: object) -> str:
     address = parse_address(value)
     if not address.port or address.is_wildcard:
@@ -108,7 +115,7 @@ def _prefer(value: object) -> tuple[str, ...]:
         part.strip() for text in texts for part in text.split(",")
     )  # an option holds them all, or is repeated
     if places[:1] != ("local",) or "origin" not in places or len({*places} & {*_PLACES}) != len(places):
-        raise ValueError("local, then origin and remote in either order, or origin alone, are expected")
+        raise ValueError("local first, then origin, and remote before or after it or not at all, are expected")
     return places
 
 
@@ -228,7 +235,7 @@ class Config:
     )
     listen: str = field(
         default="127.0.0.1:0",
-        metadata=_about(_address, "HOST:PORT for peers: control; bulk data has the next port. 0: any two free ones"),
+        metadata=_about(_listen, "HOST:PORT for peers: control; bulk data has the next port. 0: any two free ones"),
     )
     advertise: str | None = field(
         default=None,
@@ -337,6 +344,14 @@ class Config:
                 )
 
 
+def socket_folder() -> str:
+    """Where sockets of a process' own may lie: with the temporary files, unless the kernel would cut their paths."""
+    import tempfile  # a worker with a daemon needs none
+
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) < MAX_SOCKET_PATH - 64 else "/tmp"
+
+
 def cluster_key(config: Config) -> bytes | None:
     """The cluster's secret, or None if none is configured. Raises ConfigError; no error tells what is in the file."""
     path = config.cluster_key_file
@@ -415,7 +430,8 @@ def load_config(
         try:
             values[setting.key] = setting.read(value)
         except ValueError as error:
-            raise ConfigError(f"{place}: {without_secrets(value)[:100]!r}: {error}") from None
+            shown = value[0] if isinstance(value, list) and len(value) == 1 else value  # an option given once
+            raise ConfigError(f"{place}: {without_secrets(shown)[:100]!r}: {error}") from None
     config: Config = _build(Config, values, "")
     return config
 
