@@ -125,7 +125,10 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "origin.timeout": ("0", "0.01"),
     "origin.streams": ("0", "1025", "1.5", "-1", True, 2.0, "²"),
     "origin.allow": ("bucket",),
-    "listen": ("localhost", ":1", "a:b", "a:65536", "::1:80", "[::1]", "1.2.3.4.5:1", "a b:1", 80, "a:-1", "h:\u0661"),
+    "listen": (
+        *("localhost", ":1", "a:b", "a:65536", "::1:80", "[::1]", "1.2.3.4.5:1", "a b:1", 80, "a:-1", "h:\u0661"),
+        "a:65535",  # bulk data has the next port
+    ),
     "peers": ("a:0", "a", "0.0.0.0:1", "a:1,b", 7, [["a:1"]], {"a": 1}),
     "discover": (
         *("dns", "dns:", "dns:a b", "dns:a:b", "zeroconf:x", "redis", "", "redis:", "redis://", "redis://h:x", 5),
@@ -159,6 +162,8 @@ def test_no_value_raises_anything_else(key: str, value: object) -> None:
 def test_a_bad_value_names_its_variable_or_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^WEIGHTCACHE_ORIGIN_STREAMS: 'many': "):
         load_config(environ={"WEIGHTCACHE_ORIGIN_STREAMS": "many"})
+    with pytest.raises(ConfigError, match=r"^command line: peers: 'here': "):  # as an option's list of one value
+        load_config({"peers": ["here"]}, environ={})
     file = write(tmp_path / "c.toml", "[origin]\nstreams = 0")
     with pytest.raises(ConfigError, match=rf"^{file}: origin\.streams: '0': "):
         load_config(file=file, environ={})

@@ -24,7 +24,7 @@ LINES = (
     "config log core portal",
     "store origin net directory",
     "node",
-    "metrics",
+    "metrics dashboard",
     "daemon",
     "client",
     "openfile",

@@ -304,7 +304,9 @@ def evict(
     print(show.as_line(outcome) if as_json else show.evicted(outcome))
     short = outcome["freed"] < (need or 0)
     if short and not as_json:
-        exits.say("StoreError", f"evict: less than {show.human(need or 0)} may go; ls shows what is held", as_json=False)
+        exits.say(
+            "StoreError", f"evict: less than {show.human(need or 0)} may go; ls shows what is held", as_json=False
+        )
     if short or (names and outcome["kept"]):
         raise typer.Exit(StoreError.exit_code)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from weightcache.client import SyncClient
 from weightcache.runtime import load_file
+from weightcache.runtime.device import target_of
 from weightcache.tools.child import answer
 
 _PAGE = 4096
@@ -42,4 +43,5 @@ def _load(source: str, device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    target_of(sys.argv[1])  # what is no device is told before anything is measured
     answer(lambda job: _load(job["source"], sys.argv[1]))

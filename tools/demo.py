@@ -165,7 +165,9 @@ async def stage(console: Console) -> AsyncIterator[Demo]:
     files = weights()
     original = next(file for file in files if file.suffix == ".safetensors")
     async with contextlib.AsyncExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightcache-demo-", dir=socket_folder())))
+        directory = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="weightcache-demo-", dir=socket_folder()))
+        )
         demo = Demo(console, [], Meter(0), original, files)
         demo.say(f"Storing {len(files)} files, {human(demo.size)}, in an S3 server (SeaweedFS) on this machine ...")
         server = Seaweed(directory / "s3")

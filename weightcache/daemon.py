@@ -1,4 +1,4 @@
-"""The daemon: a node behind HTTP on a Unix socket, for workers, the command line, and Prometheus.
+"""The daemon: a node behind HTTP on a Unix socket, for workers, the command line, Prometheus, and a browser.
 
 JSON in, JSON out; what takes a while (load, verify, publish) answers a line of JSON at a time. A load's leases last as
 long as its connection. An error is ``{"error": CLASS, "message": ONE LINE}`` with a status to match; in the middle of a
@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,10 @@ def build_app(node: Node) -> web.Application:
 
 
 def build_monitor(node: Node) -> web.Application:
-    """Only what a monitor needs: safe to show on a TCP port."""
+    """Only what a monitor and its operator need: nothing that could be done, no bytes of a blob."""
     app = web.Application(client_max_size=1024)
     app[_NODE] = node
-    app.add_routes([web.get("/healthz", _health), web.get("/metrics", _metrics)])
+    app.add_routes([web.get("/", _page), web.get("/healthz", _health), web.get("/metrics", _metrics)])
     return app
 
 
@@ -116,9 +116,16 @@ async def _errors(
         return await handler(request)
     except WeightcacheError as error:
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
+        _log_failure(request, error)
         return web.json_response(_error(error), status=status)
     finally:
         request.app[_UNDER_WAY].discard(task)
+
+
+def _log_failure(request: web.Request, error: WeightcacheError) -> None:
+    """For the operator. Not a warning: who asked is told, and what a command says of it is one line."""
+    name, message = to_wire(error)
+    log.info("request failed", extra=fields(path=request.path, error=name, why=message))
 
 
 async def _hang_up(app: web.Application) -> None:
@@ -172,6 +179,13 @@ async def _metrics(request: web.Request) -> web.Response:
     from weightcache.metrics import CONTENT_TYPE, render  # only who scrapes pays for it
 
     return web.Response(body=render(request.app[_NODE]), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _page(request: web.Request) -> web.Response:
+    from weightcache.dashboard import page
+
+    node = request.app[_NODE]
+    return web.Response(text=page(node.status(), node.peers()), content_type="text/html")
 
 
 async def _status(request: web.Request) -> web.Response:
@@ -284,16 +298,24 @@ async def _load(request: web.Request) -> web.StreamResponse:
         await loading.opened(single=bool(body["single"]))  # what fails before the first byte has a status of its own
         response = await _lines(request)
         await _say(response, loading.describe())
-        report = await _finished(response, loading, news, arrived)
+        report = await _finished(request, response, loading, news, arrived)
         if report is None:
             return response
         await _tell_once(response, news)
-        done = {"event": "done", "report": report.to_json()}
+        told = report.to_json()
+        _log_load(told)
+        done = {"event": "done", "report": told}
         if body["hold"]:
             await _say(response, done)
             await asyncio.Event().wait()  # the leases last until the client is gone, which cancels this
     await _say(response, done)  # who holds nothing may evict it from here on
     return response
+
+
+def _log_load(report: Json) -> None:
+    came = report["bytes_by_source"]
+    facts = {"local": came["local"], "peers": sum(came["peer"].values()), "origin": came["origin"]}
+    log.info("loaded", extra=fields(source=report["source"], seconds=report["seconds"], **facts))
 
 
 async def _publish(request: web.Request) -> web.StreamResponse:
@@ -306,7 +328,7 @@ async def _publish(request: web.Request) -> web.StreamResponse:
         files = node.publisher.files(await loading.opened())
         response = await _lines(request)
         await _say(response, loading.progress() | {"event": "publishing", "files": len(files)})
-        if await _finished(response, loading, {}, arrived) is None:
+        if await _finished(request, response, loading, {}, arrived) is None:
             return response
         for entry in files:
             outcome = await node.publisher.publish(entry, place, force=bool(body["force"]))
@@ -316,7 +338,7 @@ async def _publish(request: web.Request) -> web.StreamResponse:
 
 
 async def _finished(
-    response: web.StreamResponse, loading: Loading, news: News, arrived: asyncio.Event
+    request: web.Request, response: web.StreamResponse, loading: Loading, news: News, arrived: asyncio.Event
 ) -> Report | None:
     """Wait for a load, and tell of it meanwhile; None: it failed, and that is told, too."""
     teller = asyncio.ensure_future(_tell(response, loading.progress, news, arrived))
@@ -327,6 +349,7 @@ async def _finished(
     finally:
         teller.cancel()
         await asyncio.gather(teller, return_exceptions=True)
+    _log_failure(request, failed)
     await _say(response, {"event": "error"} | _error(failed))
     return None
 
@@ -357,16 +380,31 @@ async def _tell_once(response: web.StreamResponse, news: News) -> None:
 @contextlib.asynccontextmanager
 async def serving(node: Node, path: Path) -> AsyncIterator[None]:
     """Answer on a Unix socket for as long as the block runs. Raises DaemonError if somebody else does already."""
-    _clear(path)
+    with _told(path):
+        _clear(path)
     runner = web.AppRunner(build_app(node), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_SECONDS)
     await runner.setup()
     try:
-        await web.UnixSite(runner, str(path)).start()
-        os.chmod(path, 0o660)
+        with _told(path):
+            await web.UnixSite(runner, str(path)).start()
+            os.chmod(path, 0o660)
         yield
     finally:
         await runner.cleanup()
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses a socket into an error that says where."""
+    try:
+        yield
+    except OSError as error:
+        raise DaemonError(f"socket {path}: {_reason(error)}; choose another --socket") from None
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 def _clear(path: Path) -> None:
@@ -382,8 +420,6 @@ def _clear(path: Path) -> None:
         except (FileNotFoundError, ConnectionRefusedError):
             path.unlink(missing_ok=True)
             return
-        except OSError as error:
-            raise DaemonError(f"socket {path}: {error.strerror}; choose another --socket") from None
     raise DaemonError(f"another daemon answers at {path}; stop it, or choose another --socket")
 
 
@@ -417,8 +453,7 @@ async def _monitoring(node: Node, where: str) -> AsyncIterator[None]:
         try:
             await web.TCPSite(runner, address.host, address.port).start()
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-            raise DaemonError(f"metrics: cannot listen on {address}: {reason}; choose another") from None
+            raise DaemonError(f"metrics: cannot listen on {address}: {_reason(error)}; choose another") from None
         yield
     finally:
         await runner.cleanup()

@@ -6,10 +6,13 @@ import http.client
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,7 +25,7 @@ from tests.servers.s3 import S3Server
 from weightcache.core.ids import blob_id, check, chunk_id
 from weightcache.core.layout import ChunkPlan
 from weightcache.core.manifest import Manifest
-from weightcache.errors import DaemonError
+from weightcache.errors import DaemonError, SourceNotFound
 from weightcache.store import Store
 from weightcache.tools.coldstart_machine import cpu
 from weightcache.tools.local import free_ports
@@ -163,9 +166,28 @@ def test_metrics_count_what_moves(s3: S3Server, tmp_path: Path) -> None:
         wait_until(lambda: metrics(one)["weightcache_sent_bytes_total",] == size, 10, "the sent bytes to be counted")
 
         assert json.loads(get(one, "/healthz")[1]) == {"ok": True}
-        shut = ["/", "/v1/status", "/v1/peers", "/v1/ls", "/v1/load", "/v1/evict", "/v1/path", "/v1/pin", "/v1/verify"]
+        shut = ["/v1/status", "/v1/peers", "/v1/ls", "/v1/load", "/v1/evict", "/v1/path", "/v1/pin", "/v1/verify"]
         answers = {get(one, path, method)[0] for path in shut for method in ("GET", "POST")}
         assert answers == {404}
+
+
+def test_a_browser_sees_how_the_host_is(s3: S3Server, tmp_path: Path) -> None:
+    s3.put("fleet", "daemon/seen&.safetensors", tensors(4, MIB, seed=5))
+    (port,) = free_ports(1)
+    options = (f"--metrics=127.0.0.1:{port}", "--origin-bandwidth=100kB")
+    host = Daemon(tmp_path / "host", *options, env=s3.env())
+    other = Daemon(tmp_path / "other", peers=(host,))
+    with host, other:
+        other.meets(host)
+        command = [sys.executable, "-m", "weightcache.tools", "pull", "s3://fleet/daemon/seen&.safetensors"]
+        with subprocess.Popen(command, env=host.worker_env) as pull:  # which takes longer than we look
+            wait_until(lambda: "<progress" in get(port, "/")[1], 20, "the load to be shown")
+            code, text = get(port, "/")
+            pull.kill()
+        assert code == 200
+        assert "s3://fleet/daemon/seen&amp;.safetensors" in text
+        assert other.address in text
+        ElementTree.fromstring(text[text.index("<body>") : text.index("</html>")])  # each element is closed
 
 
 def test_what_the_command_line_shows_is_json(s3: S3Server, tmp_path: Path) -> None:
@@ -204,13 +226,14 @@ def test_each_line_of_the_log_is_an_object(s3: S3Server, tmp_path: Path) -> None
     host = Daemon(tmp_path / "host", "--log-level=debug", f"--peer=127.0.0.1:{nobody}", env=s3.env())
     with host:
         host.pull("s3://fleet/daemon/logged.safetensors")
+        with pytest.raises(SourceNotFound):
+            host.pull("s3://fleet/daemon/none.safetensors")
         os.kill(status(host)["processes"]["origin"], signal.SIGABRT)
         wait_until(lambda: "bulk process died" in host.log.read_text(), 10, "its death to be noticed")
         host.stop()
     said = lines(host)
-    assert {"daemon ready", "peer unreachable", "bulk process died", "daemon stopping"} <= {
-        line["event"] for line in said
-    }
+    events = {"daemon ready", "peer unreachable", "loaded", "request failed", "bulk process died", "daemon stopping"}
+    assert events <= {line["event"] for line in said}
     for line in said:
         datetime.fromisoformat(line["ts"])
         assert line["level"] in ("debug", "info", "warning", "error")

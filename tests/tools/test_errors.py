@@ -28,6 +28,8 @@ WRONG = [
     (("ls", "--log-level", "loud"), 2, "ConfigError", "debug, info"),
     (("daemon", "--listen", "here"), 2, "ConfigError", "listen"),
     (("daemon", "--listen", "10.0.0.1:7700"), 2, "ConfigError", "cluster_key_file"),
+    (("daemon", "--store", ""), 2, "ConfigError", "store: ''"),  # "$NOT_SET" is not the default
+    (("daemon", "--socket", "/proc/no.sock", "--log-level", "error"), 10, "DaemonError", "/proc/no.sock: No such"),
     (("path", "plain"), 2, "SourceError", "unknown scheme"),
     (("path", "s3://bucket/never-pulled"), 4, "UnknownBlob", "weightcache pull"),
     (("pin", "abcdef"), 4, "UnknownBlob", "weightcache ls"),
@@ -37,6 +39,7 @@ WRONG = [
     (("publish",), 2, "UsageError", "SOURCE"),
     (("publish", "file:///etc/hostname"), 5, "SourceDenied", "file_roots"),
     (("publish", "s3://bucket/key", "--to", "fleet"), 2, "ConfigError", "redis://"),
+    (("publish", "s3://bucket/key", "--to", "fleat"), 2, "ConfigError", "./fleat"),
     (("status",), 10, "DaemonError", "weightcache daemon"),
     (("peers",), 10, "DaemonError", "weightcache daemon"),
 ]
@@ -107,6 +110,47 @@ def test_a_reader_that_has_seen_enough_is_no_error(environ: dict[str, str], tmp_
     done = subprocess.run(command, env=environ, stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (exits.BROKEN_PIPE, b"")
+
+
+def test_streams_that_are_closed_or_full_end_it_with_its_own_code(environ: dict[str, str]) -> None:
+    tool = f"{sys.executable} -m weightcache.tools"
+    full = "weightcache: error: input or output: No space left on device; --log-level debug shows where\n"
+    for command, code, said in (
+        (f"{tool} ls >&-", 0, ""),
+        (f"{tool} pull plain --json >&- 2>&- <&-", 2, ""),
+        (f"{tool} ls >/dev/full", 1, full),
+        (f"{tool} ls --json >/dev/full", 1, ""),
+    ):
+        done = subprocess.run(["sh", "-c", command], env=environ, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", said), command
+
+
+def test_a_daemon_that_is_for_others_is_not_taken_for_none(environ: dict[str, str], tmp_path: Path) -> None:
+    """Nor is the store tried then, which is that daemon's."""
+    path = tmp_path / "daemon.sock"
+    command = [sys.executable, "-m", "weightcache.tools", "ls", "--socket", str(path)]
+    if os.geteuid() == 0:  # whom permissions would not stop
+        command = ["setpriv", "--bounding-set=-dac_override", *command]
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(path))
+        daemon.listen()
+        path.chmod(0)
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == errors.DaemonError.exit_code
+    assert f"socket {path}: Permission denied; it is for the daemon's user and group" in done.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_who_may_not_have_the_store_hears_that_no_daemon_answers(cli: Cli, tmp_path: Path) -> None:
+    done = cli("ls", "--store", "/proc/store")
+    assert done.returncode == errors.StoreError.exit_code
+    assert "no daemon answers at /proc/store/daemon.sock, and /proc/store: " in done.stderr
+
+
+def test_temporary_files_may_lie_deeper_than_a_socket_can(cli: Cli, tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    assert cli("ls", TMPDIR=str(deep)).returncode == 0
 
 
 def test_what_nobody_foresaw_is_one_line_unless_asked(cli: Cli, tmp_path: Path) -> None:

@@ -37,5 +37,15 @@ def test_columns_line_up_and_have_no_trailing_space() -> None:
     assert show.columns(("A", "B"), [("x", "")]) == "A  B\nx"
 
 
+def test_what_is_not_known_of_a_peer_is_left_out() -> None:
+    known = {"datacenter": "default", "state": "connected", "why": None, "bytes_per_second": 10**8, "sent": 0}
+    rows = [{"address": "a:1", **known, "received": 0}, {"address": "b:1", **known, "received": 5000}]
+    assert show.peers(rows).splitlines() == [
+        "PEER  DATACENTER  STATE            RATE  RECEIVED  SENT  WHY",
+        "a:1   default     connected           -       0 B   0 B",
+        "b:1   default     connected  100.0 MB/s    5.0 kB   0 B",
+    ]
+
+
 def test_escapes_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in show.columns(("A",), [("\x1b[31mred\n",)]).splitlines()[1]

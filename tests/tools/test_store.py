@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,28 @@ def test_every_source_is_tried_and_the_first_failure_is_the_code(cli: Cli, sourc
     assert by_source["plain"]["error"] == "SourceError"
     assert by_source[source]["bytes_total"] == SIZE
     assert done.returncode == SourceDenied.exit_code
+
+
+def test_with_json_each_source_is_told_as_it_ends(cli: Cli, source: str, tmp_path: Path) -> None:
+    """A failure, too: whoever reads need not wait for the rest."""
+    (tmp_path / "more.bin").write_bytes(os.urandom(SIZE))
+    done = cli("pull", (tmp_path / "more.bin").as_uri(), "plain", "--json")
+    assert ["error" in json.loads(line) for line in done.stdout.splitlines()] == [True, False]
+
+
+def test_less_than_was_needed_is_an_error(cli: Cli, source: str) -> None:
+    cli("pin", source)
+    done = cli("evict", "--need", "1MB")
+    assert done.returncode == StoreError.exit_code
+    assert done.stdout.startswith("freed 0 B\n")
+    assert done.stderr == "weightcache: error: evict: less than 1.0 MB may go; ls shows what is held\n"
+
+
+def test_a_program_has_the_settings_it_is_run_with(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("datacenter = 'far'\n")
+    ask = "from weightcache.config import load_config; print(load_config().datacenter)"
+    assert cli("run", "--config", str(file), sys.executable, "-c", ask).stdout == "far\n"
 
 
 def test_a_pin_keeps_a_blob_until_unpin(cli: Cli, source: str) -> None:
