@@ -108,7 +108,7 @@ def headline(result: Result) -> str:
     head = summary(result.runs, result.alone)
     settings = result.settings
     said = [f"{plain(result.source)}, {human(result.size)}, on {len(result.runs[0].nodes)} nodes"]
-    where = "network namespaces" if result.namespaces else "loopback"
+    where = "network namespaces" if result.namespaces else "loopback" if result.files else "a fleet that is there"
     if settings.link is not None or settings.origin_link is not None:
         said.append(f"links {rate_text(settings.link)}, origin {rate_text(settings.origin_link)}, {where}")
     else:

@@ -13,6 +13,7 @@ from tests.servers.s3 import S3Server
 from weightcache.core.source import parse_source
 from weightcache.errors import OriginUnavailable, SourceChanged, SourceDenied, SourceError, SourceNotFound
 from weightcache.origin import Origins
+from weightcache.origin.base import refused
 from weightcache.origin.objects import stated_digest
 
 Make = Callable[..., Origins]
@@ -111,6 +112,12 @@ async def test_wrong_credentials_say_what_to_set_and_never_what_was_set(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(SourceDenied, match=r"no credentials found.*AWS_ACCESS_KEY_ID"):
         await origins().resolve(parse_source("s3://bkt/private.bin"))
+
+
+def test_a_clock_that_is_wrong_is_no_matter_of_credentials() -> None:
+    said = str(refused(parse_source("s3://bkt/model.bin"), 403, "RequestTimeTooSkewed"))
+    assert "this host's clock is wrong" in said
+    assert "AWS" not in said
 
 
 class TestFaults:

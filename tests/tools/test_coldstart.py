@@ -170,6 +170,8 @@ def test_daemons_that_are_there_by_socket_and_by_command(cli: Cli, s3: S3Server,
             assert node["bytes_by_source"]["local"] == 0
             assert node["curve"]
 
+        assert "on 2 nodes; a fleet that is there\n" in cli("coldstart", source, "--hosts=a,b", f"--via={via}").stdout
+
         unknown = cli("coldstart", source, "--hosts=a,nobody", f"--via={via}")
         assert unknown.returncode == 10
         assert "nobody" in unknown.stderr

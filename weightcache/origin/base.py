@@ -113,6 +113,8 @@ def refused(source: Source, status: int, detail: str = "", retry_after: float | 
     said = f"the origin answers {status}" + (f" ({detail})" if detail else "")
     if status in (401, 403):
         login = _LOGIN.get(source.scheme, "it asks for a login, and none is sent to web servers; use a signed URL")
+        if detail == "RequestTimeTooSkewed":
+            login = "this host's clock is wrong: set it"
         return SourceDenied(f"{source.public}: {said}; {login}")
     if status in (404, 410):
         if detail in ("NoSuchBucket", "ContainerNotFound"):
