@@ -29,8 +29,8 @@ async def test_a_small_file_leaves_its_origin_once(s3: S3Server, origins: Make) 
     head = await ours.head(entry)
     assert head == body[: len(body) - 10_000]
     assert [tensor.name for tensor in parse_header(head).tensors] == ["w"]
-    assert bytes(await ours.read(entry, 0, len(head))) == head
-    assert bytes(await ours.read(entry, len(head), entry.size)) == body[len(head) :]
+    assert b"".join(await ours.read(entry, 0, len(head))) == head
+    assert b"".join(await ours.read(entry, len(head), entry.size)) == body[len(head) :]
     assert b"".join([bytes(piece) async for piece in ours.stream(entry)]) == body
     assert await ours.head(entry) == head
     assert (s3.proxy.requests, s3.proxy.egress) == (1, len(body))
@@ -46,9 +46,9 @@ async def test_a_large_file_leaves_its_origin_once(padding: int, s3: S3Server, o
     head = await ours.head(entry)
     assert head == body[: len(body) - (2 << 20)]
     assert s3.proxy.requests == (2 if padding else 1)
-    assert bytes(await ours.read(entry, 0, len(head))) == head
-    assert bytes(await ours.read(entry, len(head), 1 << 20)) == body[len(head) : 1 << 20]
-    assert bytes(await ours.read(entry, 1 << 20, entry.size)) == body[1 << 20 :]
+    assert b"".join(await ours.read(entry, 0, len(head))) == head
+    assert b"".join(await ours.read(entry, len(head), 1 << 20)) == body[len(head) : 1 << 20]
+    assert b"".join(await ours.read(entry, 1 << 20, entry.size)) == body[1 << 20 :]
     assert s3.proxy.egress == len(body)
 
 
@@ -87,7 +87,7 @@ async def test_the_kept_starts_are_bounded(s3: S3Server, origins: Make, monkeypa
         await ours.head(entries[key])
     s3.proxy.reset_counts()
     for key, body in bodies.items():
-        assert bytes(await ours.read(entries[key], 0, 1000)) == body[:1000]
+        assert b"".join(await ours.read(entries[key], 0, 1000)) == body[:1000]
     assert s3.proxy.egress == 1000  # of the first only: the other four were kept
 
 

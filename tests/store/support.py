@@ -62,7 +62,7 @@ def fill(store: Store, made: Content, indices: Iterable[int] | None = None) -> b
     fd = store.open_writer(made.blob)
     try:
         wanted = range(len(made.plan)) if indices is None else indices
-        landed = [(index, *land(fd, made.plan.span(index)[0], made.bytes_of(index), b"")) for index in wanted]
+        landed = [(index, *land(fd, made.plan.span(index)[0], [made.bytes_of(index)], b"")) for index in wanted]
         return store.record(made.blob, landed)
     finally:
         os.close(fd)

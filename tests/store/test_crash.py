@@ -35,7 +35,7 @@ store.create(made.manifest(), "model")
 fd = store.open_writer(made.blob)
 print("ready", flush=True)
 for index in list(store.had(made.blob).missing()):
-    landed = land(fd, index * CHUNK, made.bytes_of(index), b"")
+    landed = land(fd, index * CHUNK, [made.bytes_of(index)], b"")
     store.record(made.blob, [(index, *landed)])
     print(index, flush=True)
 """

@@ -93,7 +93,7 @@ class Model(RuleBasedStateMachine):
         some = data.draw(st.lists(st.sampled_from(missing), min_size=1, unique=True) | st.just(missing))
         fd = self.store.open_writer(made.blob)
         try:
-            landed = [(i, *land(fd, made.plan.span(i)[0], made.bytes_of(i), b"")) for i in some]
+            landed = [(i, *land(fd, made.plan.span(i)[0], [made.bytes_of(i)], b"")) for i in some]
         finally:
             os.close(fd)
         self.had[name] |= set(some)

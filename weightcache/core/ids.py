@@ -9,7 +9,7 @@ from __future__ import annotations
 from mmap import mmap
 
 from blake3 import blake3
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_128
 
 ID_BYTES = 32
 CHECK_BYTES = 16
@@ -19,14 +19,20 @@ NO_ID = bytes(ID_BYTES)  # in tables: the id is not known yet
 Buffer = bytes | bytearray | memoryview | mmap
 
 
-def chunk_id(data: Buffer) -> bytes:
-    """BLAKE3-256 of a chunk's bytes: its name everywhere (32 bytes)."""
-    return blake3(data).digest()
+def chunk_id(*pieces: Buffer) -> bytes:
+    """BLAKE3-256 of a chunk's bytes, in one piece or several: its name everywhere (32 bytes)."""
+    state = blake3()
+    for piece in pieces:
+        state.update(piece)
+    return state.digest()
 
 
-def check(data: Buffer) -> bytes:
+def check(*pieces: Buffer) -> bytes:
     """xxh3-128 of a chunk's bytes (16 bytes): for re-reading what this host has hashed before."""
-    return xxh3_128_digest(data)
+    state = xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return state.digest()
 
 
 def blob_id(source: str, version: str, size: int) -> bytes:

@@ -6,6 +6,7 @@ It is here, and not in the store, because bulk processes of every kind end in it
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -28,25 +29,32 @@ class Spent:
 
 
 def land(
-    fd: int, offset: int, data: Buffer, expected: bytes, hasher: blake3 | None = None, spent: Spent | None = None
+    fd: int,
+    offset: int,
+    pieces: Sequence[Buffer],
+    expected: bytes,
+    hasher: blake3 | None = None,
+    spent: Spent | None = None,
 ) -> tuple[bytes, bytes]:
-    """Hash ``data``, compare it with the chunk id ``expected`` (b"": nobody knows it yet), write it at ``offset``.
+    """Hash a chunk, compare it with the chunk id ``expected`` (b"": nobody knows it yet), write it at ``offset``.
 
-    ``hasher``: has been fed exactly ``data`` already, piece by piece as it came (while it was in the CPU's cache).
+    ``pieces``: its bytes, wherever they lie. ``hasher`` has been fed them already, as they came (while they were in the
+    CPU's cache).
     ``spent`` is told what this took.
     Returns (chunk id, xxh3-128). Raises ChunkMismatch before anything is written, OSError when the disk refuses.
     """
     began = perf_counter()
-    found = hasher.digest() if hasher is not None else chunk_id(data)
+    found = hasher.digest() if hasher is not None else chunk_id(*pieces)
     if expected and found != expected:
         raise ChunkMismatch(f"chunk {expected.hex()[:12]} arrived as {found.hex()[:12]}")
-    care = check(data)
+    care = check(*pieces)
     hashed = perf_counter()
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view = view[written:]
-        offset += written
+    for piece in pieces:
+        view = memoryview(piece)
+        while view:
+            written = os.pwrite(fd, view, offset)
+            view = view[written:]
+            offset += written
     if spent is not None:
         spent.hashing += hashed - began
         spent.writing += perf_counter() - hashed

@@ -367,7 +367,7 @@ class Receiver:
         data = arrival.buffer[: fetch.length]
         try:
             chunk, check = land(
-                self._handles[fetch.handle], fetch.offset, data, arrival.expected, arrival.hasher, spent
+                self._handles[fetch.handle], fetch.offset, [data], arrival.expected, arrival.hasher, spent
             )
         except ChunkMismatch as error:
             self._fail(fetch, "mismatch", str(error))

@@ -12,19 +12,21 @@ A chunk is (index, offset, length, expected id or b""). From it, besides answers
     got [[request, index, id, check, length, seconds, hashing, writing], ...]
     failed [[request, kind, detail, wait, class], ...]
 
-One read is one attempt: when to try again, and whom to ask instead, is for the planner to say. Reads fill buffers that
-are used again: fresh memory costs as much as hashing what is put into it.
+One read is one attempt: when to try again, and whom to ask instead, is for the planner to say. What a read brings lies
+in its client's own memory until it has landed, or in buffers that are used again: fresh memory costs as much as hashing
+what is put into it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import mmap
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +52,8 @@ from weightcache.origin import Origins
 
 BESIDE_SECONDS = 2.0  # that a published manifest may come later than the header
 LANDING_THREADS = 2  # hashing and writing release the interpreter's lock
-SPARE_BUFFERS = 4  # kept for the next reads, while there are any
+SPARE_BUFFERS = 4  # kept for the next reads
+REST_SECONDS = 1.0  # after the last of them until its memory is given back
 Chunk = tuple[int, int, int, bytes]
 Result = TypeVar("Result")
 
@@ -174,24 +177,31 @@ class Reader:
             finally:
                 self._tasks.pop(request, None)
                 if not self._tasks:
-                    self._buffers.clear()
+                    asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
 
         self._tasks[request] = asyncio.ensure_future(run())
+
+    def _rest(self) -> None:
+        """Give back what reads need, when there have been none for a while."""
+        if not self._tasks:
+            self._buffers.clear()
+            with contextlib.suppress(AttributeError):  # only glibc keeps what was freed, and only it has the call
+                ctypes.CDLL(None).malloc_trim(0)
 
     async def _read(self, request: int, target: _Target, chunks: list[Chunk]) -> None:
         assert self._origins is not None
         began = time.monotonic()
         begin, end = chunks[0][1], chunks[-1][1] + chunks[-1][2]
-        buffer = self._buffers.pop() if self._buffers else _buffer(CHUNK)
-        if len(buffer) < end - begin:
-            buffer = _buffer(end - begin)
-        data = buffer[: end - begin]
-        await self._origins.fill(target.entry, begin, data)
-        pieces = [data[offset - begin : offset - begin + length] for _, offset, length, _ in chunks]
-        await self._land(request, target, chunks, pieces, began)
-        # Only now: when it did not end well, a thread may still be at the buffer.
-        if len(self._buffers) < SPARE_BUFFERS:
-            self._buffers.append(buffer)
+        lent: list[memoryview] = []
+
+        def room(size: int) -> memoryview:
+            lent.append(self._buffers.pop() if self._buffers and size <= CHUNK else _buffer(max(size, CHUNK)))
+            return lent[-1][:size]
+
+        data = await self._origins.read(target.entry, begin, end, room)
+        await self._land(request, target, chunks, [_cut(data, at - begin, size) for _, at, size, _ in chunks], began)
+        # Only now: when it did not end well, a thread may still be at it.
+        self._buffers += lent[: SPARE_BUFFERS - len(self._buffers)]
 
     async def _stream(self, request: int, target: _Target, chunks: list[Chunk]) -> None:
         """Read the whole object in order and keep what is wanted of it."""
@@ -205,7 +215,7 @@ class Reader:
                 chunk = wanted.pop(0)
                 first = chunk[1] - at
                 data = bytes(memoryview(held)[first : first + chunk[2]])
-                await self._land(request, target, [chunk], [data], began)
+                await self._land(request, target, [chunk], [[data]], began)
                 del held[: first + chunk[2]]
                 at = chunk[1] + chunk[2]
             skip = min(len(held), (wanted[0][1] if wanted else target.entry.size) - at)
@@ -216,20 +226,20 @@ class Reader:
 
     async def _copy(self, request: int, target: _Target, chunk: Chunk, read: asyncio.Future[bytes]) -> None:
         began = time.monotonic()
-        await self._land(request, target, [chunk], [await read], began)
+        await self._land(request, target, [chunk], [[await read]], began)
 
     async def _land(
-        self, request: int, target: _Target, chunks: Sequence[Chunk], data: Sequence[Buffer], began: float
+        self, request: int, target: _Target, chunks: Sequence[Chunk], data: Sequence[Sequence[Buffer]], began: float
     ) -> None:
-        """Land chunks one after the other, up to the first that fails, and tell of all of them at once."""
+        """Land chunks, each in some pieces, one after the other, up to the first that fails; tell of all at once."""
         fd = os.dup(target.fd)  # the blob may be closed while a thread still writes
         landed: list[list[Any]] = []
 
         def work() -> None:
-            for (index, offset, length, expected), piece in zip(chunks, data, strict=True):
+            for (index, offset, length, expected), pieces in zip(chunks, data, strict=True):
                 spent = Spent()
                 try:
-                    name, check = land(fd, offset, piece, expected, spent=spent)
+                    name, check = land(fd, offset, pieces, expected, spent=spent)
                 except OSError as error:
                     raise _DiskError(f"writing the store: {error.strerror}; see its disk") from None
                 seconds = time.monotonic() - began
@@ -255,6 +265,16 @@ class Reader:
 def _buffer(size: int) -> memoryview:
     """Memory that counts from its first use on, and is given back when it is dropped: malloc's does neither."""
     return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def _cut(pieces: Iterable[memoryview], begin: int, length: int) -> list[memoryview]:
+    """``length`` bytes from ``begin`` on, of bytes that lie in pieces."""
+    found = []
+    for piece in pieces:
+        if part := piece[max(0, begin) : max(0, begin + length)]:
+            found.append(part)
+        begin -= len(piece)
+    return found
 
 
 def _believed(found: bytes, entry: FileEntry, plan: ChunkPlan, head: bytes) -> bytes:

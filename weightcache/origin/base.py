@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -23,6 +23,8 @@ from weightcache.errors import (
 
 PIECE = 1 << 20  # bytes: the most that ``stream`` yields at once
 SLOWEST = 64 << 10  # bytes/s: an origin that trickles more slowly than this has failed
+
+Room = Callable[[int], memoryview]  # memory for so many bytes
 
 _TAG = re.compile(r'(?P<weak>W/)?"?(?P<tag>[\x21\x23-\x7e]{1,1000})"?')
 _LOGIN = {
@@ -45,10 +47,11 @@ class Origin(Protocol):
         """What the source is now: its files, with their sizes and versions."""
         ...
 
-    async def read(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes from ``begin`` on, of exactly that version; all within ``entry.size``.
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room) -> list[memoryview]:
+        """Bytes [begin, end) of exactly that version, in order; all within ``entry.size``.
 
-        When it does not end well, a thread may write into ``buffer`` for a moment still.
+        They lie in what ``room`` gives, unless the origin's client has memory of its own. When this does not end well,
+        a thread may write into that room for a moment still.
         """
         ...
 
@@ -67,6 +70,11 @@ class Origin(Protocol):
     async def close(self) -> None:
         """Give up connections and descriptors. Nothing may be asked afterwards."""
         ...
+
+
+def fresh(size: int) -> memoryview:
+    """Room for what is read but now and then."""
+    return memoryview(bytearray(size))
 
 
 def version_of(tag: str | None, modified: datetime | None) -> str:

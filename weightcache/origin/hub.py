@@ -29,11 +29,13 @@ from weightcache.core.source import Source
 from weightcache.errors import SourceDenied, SourceError, SourceNotFound, WeightcacheError
 from weightcache.origin import web
 from weightcache.origin.base import (
+    Room,
     allowance,
     changed,
     check_count,
     check_size,
     check_state,
+    fresh,
     refused,
     too_long,
     unavailable,
@@ -79,8 +81,7 @@ class HubOrigin:
         folder = folder_name(source)
         return Snapshot(source, folder, commit, tuple(files), time.time(), immutable=pinned, single=bool(named))
 
-    async def read(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
-        end = begin + len(buffer)
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room) -> list[memoryview]:
         async with self._get(entry, {"Range": f"bytes={begin}-{end - 1}"}) as (response, answer):
             whole = (answer.begin, answer.end) == (0, entry.size)
             # The hub may answer with all of a small file that lies in git itself; a CDN never should.
@@ -88,7 +89,9 @@ class HubOrigin:
                 got = f"bytes {answer.begin} to {answer.end}"
                 raise SourceError(f"{entry.source.public}: asked for bytes {begin} to {end}, the hub answers {got}")
             time_limit = allowance(self._timeout, answer.end - answer.begin)
+            buffer = room(end - begin)
             await web.fill(entry.source, response, begin - answer.begin, buffer, time_limit)
+            return [buffer]
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         async with self._get(entry, {}) as (response, answer):
@@ -104,10 +107,7 @@ class HubOrigin:
             return None
         if found.size > limit:
             raise too_long(found.source, limit)
-        data = bytearray(found.size)
-        if data:
-            await self.read(found, 0, memoryview(data))
-        return bytes(data)
+        return b"".join(await self.read(found, 0, found.size, fresh)) if found.size else b""
 
     async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
         raise unwritable(entry, "nothing is written to a hub: that would be another commit")

@@ -25,6 +25,7 @@ from weightcache.core.source import Source
 from weightcache.errors import SourceDenied, SourceError, SourceNotFound
 from weightcache.origin.base import (
     PIECE,
+    Room,
     allowance,
     broke_off,
     changed,
@@ -88,21 +89,21 @@ class ObjectOrigin:
                 return one_file(source, _entry(source, source.path.rpartition("/")[2], meta, digest))
         return tree(source, _files(source, await self._list(store, source)))
 
-    async def read(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
-        end, at = begin + len(buffer), 0
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room) -> list[memoryview]:
+        found: list[memoryview] = []
+        left = end - begin
         with _errors(entry.source, entry):
-            async with asyncio.timeout(allowance(self._timeout, len(buffer))):
+            async with asyncio.timeout(allowance(self._timeout, left)):
                 result = await self._get(entry, {"range": (begin, end)})
                 if result.range != (begin, end):
                     raise SourceError(f"{entry.source.public}: asked for {(begin, end)}, it answers {result.range}")
-                # In pieces: what obstore collects into one of 8 MiB lies in fresh memory, and twice.
+                # In pieces, which are kept as they are: what it collects into one of 8 MiB is there twice meanwhile.
                 async for part in result.stream(min_chunk_size=GATHERED):
-                    fresh = memoryview(part)[: len(buffer) - at]
-                    buffer[at : at + len(fresh)] = fresh
-                    at += len(fresh)
-                    if at == len(buffer):  # more than an honest answer is given up
-                        return
-        raise broke_off(entry.source, at, len(buffer))
+                    found.append(memoryview(part)[:left])
+                    left -= len(found[-1])
+                    if not left:  # more than an honest answer is given up
+                        return found
+        raise broke_off(entry.source, end - begin - left, end - begin)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         at = 0

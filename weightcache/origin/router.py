@@ -14,7 +14,7 @@ from weightcache.core.published import MAX_PUBLISHED_BYTES, beside, differs
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
 from weightcache.errors import SourceDenied
-from weightcache.origin.base import Origin, pieces, unwritable
+from weightcache.origin.base import Origin, Room, fresh, pieces, unwritable
 from weightcache.origin.policy import Policy
 
 FIRST_READ = 256 << 10  # bytes: holds the header of nearly every file, and most small files whole
@@ -54,19 +54,18 @@ class Origins:
         self._keep(entry.blob, start)
         return start[:length] if length else None
 
-    async def read(self, entry: FileEntry, begin: int, end: int) -> memoryview:
-        """Bytes [begin, end) of exactly that version, in one buffer; one attempt. What ``head`` kept is not read."""
-        buffer = memoryview(bytearray(end - begin))
-        await self.fill(entry, begin, buffer)
-        return buffer
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room = fresh) -> list[memoryview]:
+        """Bytes [begin, end) of exactly that version, in order; one attempt. What ``head`` kept is not read.
 
-    async def fill(self, entry: FileEntry, begin: int, buffer: memoryview) -> None:
-        """The same into the caller's buffer, which may be written to for a moment still when this does not end well."""
+        ``room`` gives the memory, where there is none yet; a thread may write into it for a moment still when this does
+        not end well.
+        """
         backend = self._backend(entry.source)
-        start = memoryview(self._starts.get(entry.blob, b""))[begin : begin + len(buffer)]
-        buffer[: len(start)] = start
-        if len(start) < len(buffer):
-            await backend.read(entry, begin + len(start), buffer[len(start) :])
+        start = memoryview(self._starts.get(entry.blob, b""))[begin:end]
+        if len(start) == end - begin:
+            return [start]
+        rest = await backend.read(entry, begin + len(start), end, room)
+        return [start, *rest] if start else rest
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         """The whole of that version from byte 0, in pieces of at most 1 MiB: for entries that are not ``ranged``."""
@@ -128,10 +127,7 @@ class Origins:
         if length <= len(known):
             return known
         if entry.ranged:
-            data = bytearray(length)
-            data[: len(known)] = known
-            await backend.read(entry, len(known), memoryview(data)[len(known) :])
-            return bytes(data)
+            return known + b"".join(await backend.read(entry, len(known), length, fresh))
         data = bytearray()
         async with aclosing(backend.stream(entry)) as stream:
             async for piece in stream:
