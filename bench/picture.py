@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from html import escape
+from itertools import cycle
 
 from bench.table import Table
 
 WIDTH, LEFT, RIGHT, TOP, STEP, BAR = 760, 250, 110, 64, 30, 18
+DASHES = ("none", "6 3", "2 3")
 OURS, THEIRS, LIMIT = "#1f6feb", "#9aa4b2", "#57606a"
 _STYLE = (
     "text { font: 13px system-ui, sans-serif; fill: #24292f; paint-order: stroke; stroke: white; stroke-width: 4px }"
@@ -15,8 +17,8 @@ _STYLE = (
 
 
 def draw(table: Table) -> str:
-    """The picture of a table: its timeline, or the column that is meant for it."""
-    return _timeline(table) if table.timeline else _bars(table)
+    """The picture of a table: its timelines, or the column that is meant for it."""
+    return _timelines(table) if table.timelines else _bars(table)
 
 
 def _svg(title: str, height: int, parts: list[str]) -> str:
@@ -29,20 +31,29 @@ def _svg(title: str, height: int, parts: list[str]) -> str:
     return "\n".join([*head, *parts, "</svg>", ""])
 
 
-def _timeline(table: Table) -> str:
+def _timelines(table: Table) -> str:
     height, left, bottom = 360, 70, 320
-    seconds, most = table.timeline[-1][0], table.timeline[-1][1]
+    seconds = max(line[-1][0] for line in table.timelines.values())
+    most = max(line[-1][1] for line in table.timelines.values())
     across, up = (WIDTH - left - 30) / seconds, (bottom - TOP) / most
-    points = " ".join(f"{left + at * across:.1f},{bottom - size * up:.1f}" for at, size in table.timeline)
     end = min(seconds, most / table.slope) if table.slope else 0.0
     own = f'x2="{left + end * across:.1f}" y2="{bottom - end * table.slope * up:.1f}"'
     parts = [
-        f'<polyline points="{points}" fill="none" stroke="{OURS}" stroke-width="2"/>',
         f'<line x1="{left}" y1="{bottom}" {own} stroke="{LIMIT}" stroke-dasharray="4 3"/>',
         f'<path d="M{left},{TOP} V{bottom} H{WIDTH - 30}" fill="none" stroke="{THEIRS}"/>',
         f'<text x="{left - 8}" y="{TOP + 5}" text-anchor="end">{most / 1e9:.1f} GB</text>',
         f'<text x="{WIDTH - 30}" y="{bottom + 20}" text-anchor="end">{seconds:.0f} s</text>',
     ]
+    dashes = {OURS: cycle(DASHES), THEIRS: cycle(DASHES)}
+    for number, (name, line) in enumerate(table.timelines.items(), start=1):
+        colour = OURS if "weightcache" in name else THEIRS
+        drawn = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{next(dashes[colour])}"'
+        points = " ".join(f"{left + at * across:.1f},{bottom - size * up:.1f}" for at, size in line)
+        y = bottom - 18 * number
+        parts += [
+            f'<polyline points="{points}" {drawn}/>',
+            f'<path d="M{WIDTH - 260},{y - 4} h30" {drawn}/><text x="{WIDTH - 220}" y="{y}">{escape(name)}</text>',
+        ]
     return _svg(table.title, height, parts)
 
 

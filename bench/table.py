@@ -59,7 +59,7 @@ def at_most(bound: float, text: str) -> Goal:
 class Table:
     """``about``: what was done and what a figure includes. ``facts`` are of the run, such as the machine's load.
 
-    ``timeline``: (seconds, bytes) for a picture over time, beside a line of ``slope`` bytes a second.
+    ``timelines``: (seconds, bytes) by name, for a picture over time, beside a line of ``slope`` bytes a second.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    timeline: list[tuple[float, float]] = field(default_factory=list)
+    timelines: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     slope: float = 0.0
 
     def value(self, row: str, key: str) -> float | None:
@@ -91,7 +91,7 @@ class Table:
             "about": self.about,
             "facts": self.facts,
             "rows": [asdict(row) for row in self.rows],
-            "timeline": self.timeline,
+            "timelines": self.timelines,
             "slope": self.slope,
             "goals": [asdict(goal) | {"met": goal.met} for goal in self.goals],
         }
