@@ -15,6 +15,7 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import sub
 from typing import Any
 
 from weightcache.errors import FormatError
@@ -73,6 +74,11 @@ class ChunkPlan:
         start = self.starts[index]
         following = index + 1
         return start, (self.starts[following] if following < len(self.starts) else self.size) - start
+
+    def lengths(self, begin: int, end: int) -> Iterator[int]:
+        """The lengths of chunks [begin, end)."""
+        ends = self.starts[begin + 1 : end + 1]
+        return map(sub, [*ends, self.size], self.starts[begin:end])
 
     def covering(self, begin: int, end: int) -> range:
         """The chunks that hold any byte of [begin, end)."""

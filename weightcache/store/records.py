@@ -87,7 +87,7 @@ class Tables:
         """Segment ``number`` of these tables."""
         begin, end = number * SEGMENT, min((number + 1) * SEGMENT, len(self.manifest))
         had = self.had.bits[number * _HAD_BYTES : (number + 1) * _HAD_BYTES].ljust(_HAD_BYTES, b"\0")
-        lengths = _little(array("I", (self.manifest.plan.span(index)[1] for index in range(begin, end))))
+        lengths = _little(array("I", self.manifest.plan.lengths(begin, end)))
         ids = self.manifest.ids[begin * ID_BYTES : end * ID_BYTES]
         return b"".join((had, lengths, ids, self.manifest.checks[begin * CHECK_BYTES : end * CHECK_BYTES]))
 
