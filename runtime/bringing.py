@@ -19,9 +19,9 @@ import torch
 from weightcache.errors import WeightcacheError
 from weightcache.openfile import OpenSnapshot
 from weightcache.runtime.assembly import is_heavy
-from weightcache.runtime.checkpoint import Stored
 from weightcache.runtime.device import Target
 from weightcache.runtime.gates import Gate, guard, release
+from weightcache.runtime.moving import Moving
 from weightcache.runtime.places import Arriving, FilePages
 from weightcache.runtime.report import LoadReport
 from weightcache.runtime.streamer import Piece, Streamer
@@ -167,30 +167,21 @@ class Bringing:
     # -- memory of the device
 
     def _bytes_come(self) -> Iterator[Part]:
-        jobs: dict[int, tuple[Stored, torch.Tensor, torch.Tensor | None]] = {}
+        moving = Moving(self._report)
         left: list[tuple[Part, int]] = []  # how many pieces there are when a part has all of its own
 
         def pieces() -> Iterator[Piece]:
-            count = 0
             for part in self._wanted():
                 for arriving in part.tensors:
                     if self._cancelled:
                         raise WeightcacheError(f"{part.name}: the load was cancelled")
-                    stored, tensor = arriving.stored, arriving.tensor
-                    assert tensor is not None
-                    staging, piece = piece_of(stored, tensor)
-                    jobs[count] = stored, tensor, staging
-                    count += 1
-                    yield piece
-                left.append((part, count))
+                    assert arriving.tensor is not None
+                    yield from moving.pieces(arriving.stored, arriving.tensor)
+                left.append((part, moving.given))
 
         with Streamer(self._target, report=self._report) as streamer:
             for index in streamer.copy(pieces()):
-                stored, tensor, staging = jobs.pop(index)
-                if staging is not None:
-                    with self._report.stage("cast", staging.nbytes):
-                        cast(stored, tensor, staging)
-                self._report.landed(stored.end - stored.begin)
+                moving.arrived(index)
                 while left and left[0][1] <= index + 1:
                     yield self._settled(left.pop(0)[0])
         for part, _ in left:  # without a tensor of their own
@@ -201,19 +192,6 @@ class Bringing:
         event = self._target.now()
         event.synchronize()
         return part
-
-
-def piece_of(stored: Stored, tensor: torch.Tensor) -> tuple[torch.Tensor | None, Piece]:
-    """The piece that brings a tensor, and the memory it comes to first if it has to be cast there."""
-    if tensor.dtype == stored.dtype and tensor.is_contiguous():
-        return None, Piece(stored.file, stored.begin, stored.end, tensor.detach().reshape(-1).view(torch.uint8))
-    staging = torch.empty(stored.end - stored.begin, dtype=torch.uint8, device=tensor.device)
-    return staging, Piece(stored.file, stored.begin, stored.end, staging)
-
-
-def cast(stored: Stored, tensor: torch.Tensor, staging: torch.Tensor) -> None:
-    """Make the tensor of bytes that are on its device."""
-    tensor.detach().copy_(staging.view(stored.dtype).reshape(stored.shape))
 
 
 _under_way: weakref.WeakSet[Bringing] = weakref.WeakSet()

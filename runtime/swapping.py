@@ -23,10 +23,10 @@ from weightcache.core.source import is_source
 from weightcache.errors import LoadFailed, SourceError, WeightcacheError
 from weightcache.openfile import OpenFile, OpenSnapshot, manifest_of, open_snapshot
 from weightcache.runtime.assembly import is_heavy
-from weightcache.runtime.bringing import cast, piece_of
 from weightcache.runtime.checkpoint import NotPlain, Stored, stored_tensors, weight_files
 from weightcache.runtime.device import target_of
 from weightcache.runtime.loaded import Held, Loaded, recall, remember, wait
+from weightcache.runtime.moving import Moving
 from weightcache.runtime.report import LoadReport
 from weightcache.runtime.skeleton import stem_of
 from weightcache.runtime.streamer import Piece, Streamer
@@ -206,13 +206,12 @@ class _Same:
 
 
 def _copy(changes: list[_Change], source: str, loaded: Loaded, report: LoadReport) -> None:
-    staged: dict[int, torch.Tensor | None] = {}
+    moving = Moving(report)
     new = 0  # tensors, from the first
 
     def pieces() -> Iterator[Piece]:
-        for index, change in enumerate(changes):
-            staged[index], piece = piece_of(change.stored, change.tensor)
-            yield piece
+        for change in changes:
+            yield from moving.pieces(change.stored, change.tensor)
 
     if not changes:
         return
@@ -220,11 +219,7 @@ def _copy(changes: list[_Change], source: str, loaded: Loaded, report: LoadRepor
     try:
         with Streamer(target, report=report) as streamer:
             for index in streamer.copy(pieces()):
-                change, staging = changes[index], staged.pop(index)
-                if staging is not None:
-                    cast(change.stored, change.tensor, staging)
-                new = index + 1
-                report.landed(change.stored.end - change.stored.begin)
+                new += moving.arrived(index)
             target.now().synchronize()
     except BaseException as error:
         for change in changes:  # of neither source for sure: the next swap moves them
