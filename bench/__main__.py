@@ -23,6 +23,7 @@ from bench.table import Table, show
 TABLES = {
     "peer": ("bench.peer", "one peer to one host, beside curl, aria2c, wget, libtorrent and the limit"),
     "two-peers": ("bench.peer", "two peers to one host"),
+    "lanes": ("bench.lanes", "one peer to one host, with 1, 2 and 4 bulk processes on either side"),
     "small": ("bench.small", "thousands of small chunks, a hundred peers known"),
     "origin": ("bench.origin", "S3 and nginx to the store, beside s5cmd, rclone, Run:ai, curl, aria2c, wget"),
     "latency": ("bench.daemon", "the control API's answers while a gigabyte moves"),

@@ -12,8 +12,8 @@ import asyncio
 import ctypes
 import json
 import os
-import select
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,11 +25,12 @@ from weightcache.core.snapshot import decode_snapshot
 from weightcache.net.channel import Channel, pair
 from weightcache.net.control import ControlConnection, ControlServer, connect
 from weightcache.net.server import run_sender
+from weightcache.net.sockets import listen
 from weightcache.net.table import write_table
 from weightcache.node.swarm import Info
 
 HOST = "127.0.0.1"
-Sender = tuple[Channel, int]  # and the port on which it serves
+Sender = tuple[Channel, socket.socket]
 
 
 def identity(number: int) -> bytes:
@@ -71,7 +72,7 @@ class Knowledge:
 
 
 def fork_sender(number: int) -> Sender:
-    """A sending process; the channel to it, and its port."""
+    """A sending process; the channel to it, and where its peers connect."""
     ours, theirs = pair()
     if not os.fork():
         ours.close()
@@ -80,10 +81,12 @@ def fork_sender(number: int) -> Sender:
         os._exit(0)
     theirs.close()
     channel = Channel(ours)
-    channel.send("config", {"key": b"", "node_id": identity(number), "host": HOST, "port": 0})
-    while (message := channel.receive()) is None:
-        select.select([channel], [], [])
-    return channel, int(message.fields[1])
+    channel.send("config", {"key": b"", "node_id": identity(number)})
+    return channel, listen(HOST, 0)
+
+
+def hand_over(channel: Channel, listener: socket.socket) -> None:
+    channel.send("connection", fds=[listener.accept()[0].detach()])
 
 
 async def live(source: str, path: str, address: str, senders: Sequence[Sender | None]) -> None:
@@ -93,8 +96,9 @@ async def live(source: str, path: str, address: str, senders: Sequence[Sender | 
     for number, sender in enumerate(senders, start=1):
         bulk = ""
         if sender is not None:
-            channel, port = sender
-            bulk = f"{HOST}:{port}"
+            channel, listener = sender
+            asyncio.get_running_loop().add_reader(listener, hand_over, channel, listener)
+            bulk = f"{HOST}:{listener.getsockname()[1]}"
             fds = [os.open(path, os.O_RDONLY), write_table(manifest, ChunkSet(len(manifest), full=True))]
             channel.send("blob", manifest.blob, fds=fds)
         introduction = Info("default", "", bulk, "bench").encode

@@ -165,12 +165,18 @@ def status(found: Json) -> str:
         ("bytes", f"{human(used['used'])} used, {human(used['free'])} free, capacity: {capacity}"),
         ("received", f"{human(moved['origin'])} from origins, {human(sum(moved['peer'].values()))} from peers"),
         ("sent", f"{human(sum(moved['sent'].values()))} to peers"),
+        ("processes", _processes(found["processes"])),
     ]
     pairs += [
         ("loading", f"{load['source']}: {human(load['size'])}, {load['had_chunks']} of {load['chunks']} chunks")
         for load in found["loads"]
     ]
     return facts(pairs)
+
+
+def _processes(found: Json) -> str:
+    """Process ids by role, of those that run."""
+    return ", ".join(f"{role} {' '.join(map(str, pids))}" for role, pids in found.items() if pids)
 
 
 def _directory(found: Json) -> str:

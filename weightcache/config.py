@@ -37,6 +37,7 @@ __all__ = [
     "parse_address",
     "parse_discover",
     "settings",
+    "usual_processes",
 ]
 
 MAX_SOCKET_PATH = 107  # bytes: what a sockaddr_un holds besides the closing zero
@@ -166,11 +167,14 @@ def _seconds(least: float) -> Reader:
     return read
 
 
-def _count(value: object) -> int:
-    match = re.fullmatch(r"[0-9]{1,4}", str(value).strip()) if isinstance(value, str | int) else None
-    if not match or not 1 <= int(match[0]) <= 1024:
-        raise ValueError("a whole number from 1 to 1024 is expected")
-    return int(match[0])
+def _count(most: int) -> Reader:
+    def read(value: object) -> int:
+        match = re.fullmatch(r"[0-9]{1,4}", str(value).strip()) if isinstance(value, str | int) else None
+        if not match or not 1 <= int(match[0]) <= most:
+            raise ValueError(f"a whole number from 1 to {most} is expected")
+        return int(match[0])
+
+    return read
 
 
 def _switch(value: object) -> bool:
@@ -211,11 +215,11 @@ class OriginConfig:
     file_roots: tuple[Path, ...] = field(
         default=(), metadata=_about(_each(_path), "directories that file:// sources may read from; empty: none")
     )
-    streams: int = field(default=8, metadata=_about(_count, "reads in flight to origins"))
+    streams: int = field(default=8, metadata=_about(_count(1024), "reads in flight to origins"))
     bandwidth: int | None = field(
         default=None, metadata=_about(_optional(_size), "bytes a second read from origins at most; default: no cap")
     )
-    attempts: int = field(default=5, metadata=_about(_count, "tries of one read before the load fails"))
+    attempts: int = field(default=5, metadata=_about(_count(1024), "tries of one read before the load fails"))
     timeout: float = field(
         default=30.0, metadata=_about(_seconds(0.1), "seconds without a byte before a read is given up")
     )
@@ -270,7 +274,14 @@ class Config:
         default=None,
         metadata=_about(_optional(_size), "bytes the store may take: 200GB, 1.5TiB; default: what the disk has"),
     )
-    peer_streams: int = field(default=1, metadata=_about(_count, "connections to one peer"))
+    bulk_processes: int | None = field(
+        default=None,
+        metadata=_about(
+            _optional(_count(16)),
+            "processes that send to peers, and as many that receive, at most; default: one for four cores, up to 8",
+        ),
+    )
+    peer_streams: int = field(default=1, metadata=_about(_count(1024), "connections of one such process to one peer"))
     peer_bandwidth: int | None = field(
         default=None,
         metadata=_about(_optional(_size), "bytes a second fetched from peers at most; default: no cap"),
@@ -350,6 +361,11 @@ def socket_folder() -> str:
 
     usual = tempfile.gettempdir()
     return usual if len(os.fsencode(usual)) < MAX_SOCKET_PATH - 64 else "/tmp"
+
+
+def usual_processes() -> int:
+    """How many processes a side suit this machine: about four cores to each pair, and as many to all else."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
 
 
 def cluster_key(config: Config) -> bytes | None:

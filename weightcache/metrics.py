@@ -31,6 +31,9 @@ class _NodeCollector(Collector):
         yield CounterMetricFamily(
             "weightcache_sent_bytes", "Bytes of chunks sent to peers", value=sum(node.serving.sent.values())
         )
+        yield GaugeMetricFamily(
+            "weightcache_served_connections", "Connections over which peers are served", value=node.serving.connections
+        )
         yield CounterMetricFamily(
             "weightcache_source_failures", "Failures of peers and origins", value=node.transfers.failures
         )

@@ -138,5 +138,16 @@ def cli(*arguments: str, env: dict[str, str] | None = None, timeout: float = 60)
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=timeout)
 
 
+def slowly() -> dict[str, str]:
+    """The environment of a daemon whose bulk processes land chunks slowly: see slowed/sitecustomize.py."""
+    return {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "slowed"), os.environ.get("PYTHONPATH", "")])}
+
+
+def written(pid: int) -> int:
+    """Bytes that a process has written, to files and sockets, by ``pwrite`` and ``sendfile`` too."""
+    (line,) = (line for line in Path(f"/proc/{pid}/io").read_text().splitlines() if line.startswith("wchar"))
+    return int(line.split()[1])
+
+
 def from_peers(report: Json) -> int:
     return sum(report["bytes_by_source"]["peer"].values())

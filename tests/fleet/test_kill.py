@@ -15,7 +15,7 @@ import pytest
 
 from tests.fleet.daemons import Daemon, Json, from_peers
 from tests.fleet.weights import CHUNK, tensors
-from tests.servers.loop import accepts, wait_until
+from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
 from weightcache.errors import DaemonError
 
@@ -85,7 +85,7 @@ def status(host: Daemon) -> Json:
 
 
 def kill_process(host: Daemon, role: str) -> None:
-    os.kill(status(host)["processes"][role], signal.SIGKILL)
+    os.kill(status(host)["processes"][role][0], signal.SIGKILL)
 
 
 def test_bulk_processes_and_peers_die_in_mid_load(s3: S3Server, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_bulk_processes_and_peers_die_in_mid_load(s3: S3Server, tmp_path: Path) 
 
         with Daemon(tmp_path / "c", peers=(a,)) as c:  # to which no process of a has died yet
             c.meets(a)
-            wait_until(lambda: accepts(a.bulk_port), 20, "a to serve again")
+            wait_until(lambda: status(a)["processes"]["send"], 20, "a to serve again")
             report = load(c, a.kill)
         assert from_peers(report) > 0
         assert report["bytes_by_source"]["origin"] > 0

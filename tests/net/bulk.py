@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -44,10 +46,12 @@ class Bulk:
         )
         theirs.close()
         self.channel = Channel(ours)
-        self.channel.send("config", config)
+        self._sending = threading.Lock()
+        self.send("config", config)
 
     def send(self, *fields: Any, fds: Sequence[int] = ()) -> None:
-        self.channel.send(*fields, fds=fds)
+        with self._sending:
+            self.channel.send(*fields, fds=fds)
 
     def message(self, kind: str) -> Message:
         """The next message of a kind; others are passed over."""
@@ -82,11 +86,36 @@ class Bulk:
 
 
 class Sender(Bulk):
+    """It is handed whoever connects to ``port``."""
+
     def __init__(self, **config: Any) -> None:
-        super().__init__(
-            "server", "run_sender", **{"key": KEY} | {"node_id": SENDER, "host": "127.0.0.1", "port": 0} | config
-        )
-        self.port: int = self.message("listening").fields[1]
+        super().__init__("server", "run_sender", **{"key": KEY} | {"node_id": SENDER} | config)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            self.send("connection", fds=[sock.detach()])
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._stop()
+        super().__exit__(kind, error, trace)
+
+    def _stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
+        self._listener.close()
 
     def blob(self, path: str, manifest: Manifest, had: ChunkSet) -> None:
         fds = (os.open(path, os.O_RDONLY), write_table(manifest, had))
@@ -108,8 +137,8 @@ class Receiver(Bulk):
                 assert not self.channel.ended, "the process has ended"
                 assert select.select([self.channel], [], [], until - time.monotonic())[0], "no answer came"
                 continue
-            kind, answers = message.fields
-            for number, *rest in answers:
+            kind, *answers = message.fields
+            for number, *rest in answers[0] if answers else ():  # "ready" has none
                 assert number not in self.got
                 assert number not in self.failed
                 (self.got if kind == "got" else self.failed)[number] = rest

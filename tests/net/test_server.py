@@ -17,7 +17,6 @@ from tests.net.bulk import (
     KEY,
     RECEIVER,
     SENDER,
-    Bulk,
     Sender,
     Talker,
     eventually,
@@ -263,13 +262,6 @@ def test_what_may_not_come_ends_the_connection(kind: Kind) -> None:
     with Sender() as sender, Talker.dial(sender.port) as peer:
         peer.sock.sendall(os.urandom(200) if kind is Kind.DATA else b"\x00\x00\x00\x00\x04" + bytes(16))
         assert read_to_end(peer.sock) == b""
-
-
-def test_a_port_in_use_is_a_clear_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with Bulk("server", "run_sender", key=b"", node_id=SENDER, host="127.0.0.1", port=port) as sender:
-            assert f"port {port} on 127.0.0.1 is in use" in sender.message("failed").fields[1]
 
 
 def test_the_sender_ends_with_its_node() -> None:

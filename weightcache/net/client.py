@@ -1,4 +1,4 @@
-"""The ``recv`` process: fetches chunks from peers and lands them in this host's blobs.
+"""A ``recv`` process: fetches chunks from peers and lands them in this host's blobs.
 
 Theory of operation. One thread, one epoll loop; nothing blocks but the disk. The node says which chunk to get from
 which peer and where it goes. A peer has up to ``streams`` connections (Stream), opened when they are first needed;
@@ -14,7 +14,7 @@ Every request is answered once, with "got" or "failed", unless it was cancelled 
 wrong is charged to its request; the others of that connection fail as "reset".
 
     node -> receiver                                  receiver -> node
-    ["config", {ReceiverConfig}]
+    ["config", {ReceiverConfig}]                      ["ready"]
     ["peer", peer, host, port]   a numeric address    ["got", [[request, chunk id, xxh3-128, length, seconds,
     ["forget", peer]                                      hashing, writing], ...]]
     ["blob", handle] + fd, writable                   ["failed", [[request, kind, detail, wait_ms], ...]]
@@ -184,6 +184,7 @@ class Receiver:
         self._failed: list[list[Any]] = []
 
     def run(self) -> None:
+        self._channel.send("ready")
         self._loop.run(self._on_message, self._on_tick, self._report)
 
     # The node

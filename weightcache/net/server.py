@@ -1,8 +1,9 @@
-"""The ``send`` process: hands chunks of this host's blobs to peers, by sendfile from the page cache.
+"""A ``send`` process: hands chunks of this host's blobs to peers, by sendfile from the page cache.
 
-Theory of operation. One thread, one epoll loop; nothing blocks but the disk. A connection (Upload) walks through
-handshake, requests, answers; answers go out in the order of the requests. A turn sends at most TURN bytes, and each
-round of the loop gives every writable connection one turn: a slow reader holds nothing but its own socket.
+Theory of operation. One thread, one epoll loop; nothing blocks but the disk. The node accepts the connections of peers
+and hands each to one of its senders. A connection (Upload) walks through handshake, requests, answers; answers go out
+in the order of the requests. A turn sends at most TURN bytes, and each round of the loop gives every writable
+connection one turn: a slow reader holds nothing but its own socket.
 
 The node says which blobs there are, each with an open descriptor. A GET for another makes the process ask ("want"),
 once; the connection waits at that request until the node says "blob" or "none", or WANT_SECONDS pass.
@@ -16,11 +17,13 @@ first); requests of each (over ``pipeline`` they are refused as busy, over twice
 for.
 
     node -> sender                                sender -> node
-    ["config", {SenderConfig}]                    ["listening", port] | ["failed", text]
+    ["config", {SenderConfig}]
+    ["connection"] + fd                           ["taken"]                      the connection
     ["blob", blob] + fds (blob, table)            ["want", blob]                 answer with "blob" or "none"
-    ["none", blob]                                ["dropped", blob]              its descriptor is closed
+    ["none", blob]
     ["had", blob, [[index, id], ...]]             ["sent", {peer id: bytes}]     each second in which any were
-    ["drop", blob]                                ["connections", count]         when it has changed
+    ["drop", blob]                                ["dropped", blob]              its descriptor is closed
+                                                  ["connections", count]         when it has changed
                                                   ["fault", blob, index, text]   the disk does not give what was had
 """
 
@@ -40,11 +43,11 @@ from weightcache.core.bitmap import ChunkSet
 from weightcache.core.manifest import Manifest
 from weightcache.core.pace import Pace
 from weightcache.core.wire import BUSY, MISSING, UNKNOWN, Kind, Link, Port, Role
-from weightcache.errors import DaemonError, ProtocolError
+from weightcache.errors import ProtocolError
 from weightcache.net.channel import Channel, Message, close_all
 from weightcache.net.handshake import DEADLINE, Handshake
 from weightcache.net.loop import Loop, configuration
-from weightcache.net.sockets import listen, tune
+from weightcache.net.sockets import tune
 from weightcache.net.table import read_table
 
 TURN = 1 << 20  # bytes one connection may send before the others have their turn
@@ -52,7 +55,6 @@ TURNS = 200  # a second at least, under a bandwidth cap
 AHEAD = 1.0  # seconds' worth of answers begun at a time, under a bandwidth cap
 WANT_SECONDS = 5.0  # the node's time to answer "want"
 _MAX_WANTED = 256  # blobs asked of the node at a time
-_ACCEPTS = 64  # new connections in one round
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,6 @@ class SenderConfig:
 
     key: bytes | None = field(repr=False)
     node_id: bytes
-    host: str
-    port: int
     info: bytes = b""
     connections: int = 1024  # that have proved the key
     pending: int = 64  # that have not yet
@@ -122,26 +122,17 @@ class Upload:
 def run_sender(channel: Channel) -> None:
     """Serve peers until the channel ends. The node's first message must be "config"."""
     settings = configuration(channel)
-    if settings is None:
-        return
-    config = SenderConfig(**settings)
-    try:
-        listener = listen(config.host, config.port)
-    except DaemonError as error:
-        channel.send("failed", str(error))
-        return
-    channel.send("listening", listener.getsockname()[1])
-    Sender(channel, config, listener).run()
+    if settings is not None:
+        Sender(channel, SenderConfig(**settings)).run()
 
 
 class Sender:
     """What the node and the peers may do to this process."""
 
-    def __init__(self, channel: Channel, config: SenderConfig, listener: socket.socket) -> None:
+    def __init__(self, channel: Channel, config: SenderConfig) -> None:
         self._channel = channel
         self._config = config
         self._loop = Loop(channel, min(1.0, config.handshake / 4, config.stall / 4))
-        self._listener = listener
         self._blobs: dict[bytes, Blob] = {}
         self._wanted: dict[bytes, float] = {}  # blob asked of the node -> when to stop waiting
         self._pending: dict[Upload, float] = {}  # handshake not done, oldest first -> when to give up
@@ -155,7 +146,6 @@ class Sender:
         self._waiting: dict[Upload, None] = {}  # for the cap, in order
 
     def run(self) -> None:
-        self._accept_more()
         self._loop.run(self._on_message, self._on_tick, self._resume)
 
     # The node
@@ -163,6 +153,8 @@ class Sender:
     def _on_message(self, message: Message) -> None:
         fields, fds = message
         match fields:
+            case ["connection"]:
+                self._accept(*fds)
             case ["blob", bytes(name)]:
                 self._add(name, *fds)
             case ["had", bytes(name), list(chunks)] if name in self._blobs:
@@ -222,7 +214,6 @@ class Sender:
             self._close(upload)
         for name in [name for name, deadline in self._wanted.items() if now > deadline]:
             self._settle(name, BUSY)
-        self._accept_more()
         if self._channel.backlog:
             return
         if self._sent:
@@ -234,24 +225,15 @@ class Sender:
 
     # Peers
 
-    def _accept_more(self) -> None:
-        self._loop.watch(self._listener.fileno(), EPOLLIN, self._on_accept)
-
-    def _on_accept(self, events: int) -> None:
-        for _ in range(_ACCEPTS):
-            try:
-                sock, _address = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError:  # no descriptors are left: accept again at the next tick
-                self._loop.forget(self._listener.fileno())
-                return
-            if len(self._pending) >= self._config.pending:
-                self._close(next(iter(self._pending)))
-            tune(sock)
-            upload = Upload(sock, self._config, self._loop.now)
-            self._pending[upload] = self._loop.now + self._config.handshake
-            self._watch(upload)
+    def _accept(self, fd: int) -> None:
+        self._channel.send("taken")
+        sock = socket.socket(fileno=fd)
+        tune(sock)
+        if len(self._pending) >= self._config.pending:
+            self._close(next(iter(self._pending)))
+        upload = Upload(sock, self._config, self._loop.now)
+        self._pending[upload] = self._loop.now + self._config.handshake
+        self._watch(upload)
 
     def _guarded(self, upload: Upload, events: int) -> None:
         """One connection's turn. Whatever goes wrong ends that connection only."""

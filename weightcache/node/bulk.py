@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -22,6 +23,8 @@ _PR_SET_PDEATHSIG = 1
 def main(role: str, fd: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the daemon's to handle
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a descriptor a connection, and one a blob
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     sock = socket.socket(fileno=fd)
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError, ConnectionResetError):
         if role == "send":

@@ -60,7 +60,7 @@ class Incoming:
     local: dict[int, Place] = field(default_factory=dict)  # chunk -> (blob, its chunk) on this disk
     shared: Shared = field(default_factory=dict)
     sought: dict[bytes, list[int]] = field(default_factory=dict)  # id -> missing chunks that have it
-    opened: set[str] = field(default_factory=set)  # processes that were handed the writer
+    opened: bool = False  # the reader was handed the writer
     teller: bytes | None = None  # the peer whose word the manifest's ids were; None: nobody's, or a publisher's
     claims: set[bytes] = field(default_factory=set)  # peers that were believed: their manifest, or a chunk's id
     accused: set[bytes] = field(default_factory=set)  # peers that sent other bytes than those claims say

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from weightcache.address import without_secrets
-from weightcache.config import Address, Config, cluster_key, parse_address
+from weightcache.config import Address, Config, cluster_key, parse_address, usual_processes
 from weightcache.core.manifest import Manifest, encode_manifest
 from weightcache.core.patterns import EVERYTHING, Patterns
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
@@ -28,8 +28,9 @@ from weightcache.node.calls import OriginCalls
 from weightcache.node.incoming import Incoming
 from weightcache.node.loading import Had, Loading, selected
 from weightcache.node.manifests import Manifests
-from weightcache.node.processes import BulkProcess
+from weightcache.node.processes import BulkProcess, pids
 from weightcache.node.publishing import Publisher
+from weightcache.node.receivers import Receivers
 from weightcache.node.report import Tally
 from weightcache.node.resolver import Resolver
 from weightcache.node.serving import Serving
@@ -68,11 +69,12 @@ class Node:
         settings = {"key": key or b"", "node_id": self.store.node_id}
         origin = asdict(config.origin) | {"file_roots": [str(root) for root in config.origin.file_roots]}
         receiving = settings | {"streams": config.peer_streams}
-        self._receiver = BulkProcess("recv", receiving, self._heard_receiver, self._receiver_died)
+        count = config.bulk_processes or usual_processes()
+        self._receivers = Receivers(count, receiving, self._heard_receiver, self._lost)
         self._reader = BulkProcess("origin", origin, self._heard_reader, self._reader_died)
         self._calls = OriginCalls(self._reader, config.origin.attempts)
         self.transfers = Transfers(
-            self.store, self._receiver, self._reader, config, self._had, self._reads, self._doubted, self.swarm.peers,
+            self.store, self._receivers, self._reader, config, self._had, self._reads, self._doubted, self.swarm.peers,
             self.trust,
         )  # fmt: skip
         self._manifests = Manifests(self.store, self.swarm, self._calls, self.trust, self._registry)
@@ -81,7 +83,7 @@ class Node:
         self.resolver = Resolver(
             self.store, self.swarm, self._calls, self.trust, self._teacher, policy.admit, config.fresh
         )
-        self.serving = Serving(self.store, settings | {"bandwidth": config.serve_bandwidth})
+        self.serving = Serving(self.store, settings, count, config.serve_bandwidth)
         self.upkeep = Upkeep(self.store, self.blobs, self.transfers, self.serving, self.swarm, self._teacher)
         try:
             await self._join(parse_address(config.listen), key)
@@ -94,7 +96,7 @@ class Node:
         control = bulk = ""
         if self._serve:
             port = self.swarm.listen(listen)
-            bulk_port = await self.serving.listen(Address(listen.host, port + 1 if listen.port else 0))
+            bulk_port = self.serving.listen(Address(listen.host, port + 1 if listen.port else 0))
             self.address = Address(config.advertised, port)
             control, bulk = str(self.address), str(Address(config.advertised, bulk_port))
         else:
@@ -117,7 +119,7 @@ class Node:
         await self.upkeep.close()
         self.transfers.close()
         await self.swarm.close()
-        await asyncio.gather(self.serving.close(), self._receiver.stop(), self._reader.stop())
+        await asyncio.gather(self.serving.close(), self._receivers.stop(), self._reader.stop())
         try:
             await asyncio.to_thread(self.store.close)
         except RuntimeError:  # the interpreter ends: it lends no more threads, and nobody else needs this loop
@@ -131,19 +133,19 @@ class Node:
 
     # -- what bulk processes say
 
-    def _heard_receiver(self, message: list[Any], fds: Sequence[int]) -> None:
+    def _heard_receiver(self, message: list[Any]) -> None:
         self.transfers.heard("recv", message)
 
     def _heard_reader(self, message: list[Any], fds: tuple[int, ...]) -> None:
         if not self._calls.heard(message, fds):
             self.transfers.heard("origin", message)
 
-    def _receiver_died(self, reason: str) -> None:
-        self.transfers.died("recv", reason)
+    def _lost(self, requests: Collection[int], reason: str) -> None:
+        self.transfers.lost(requests, reason)
 
     def _reader_died(self, reason: str) -> None:
         self._calls.died(reason)
-        self.transfers.died("origin", reason)
+        self.transfers.reader_died(reason)
 
     def _lied(self, peer: bytes) -> None:
         # Later: it may be the planner's own actions that led here.
@@ -202,7 +204,7 @@ class Node:
 
     def peer_joined(self, peer: Peer) -> None:
         if peer.bulk is not None:
-            self._receiver.start()  # a first load should not wait for a process
+            self._receivers.start()  # a first load should not wait for a process
         self.blobs.peer_joined(peer)
 
     def peer_left(self, peer: Peer) -> None:
@@ -338,7 +340,11 @@ class Node:
                 "trouble": self.swarm.rolls.registry.trouble if self.swarm.rolls.registry is not None else "",
             },
             "moved": {"origin": moved.origin, "peer": moved.peers, "local": moved.local, "sent": self.serving.sent},
-            "processes": {p.role: p.pid for p in (self.serving.process, self._receiver, self._reader)},
+            "processes": {
+                "send": pids(self.serving.processes),
+                "recv": pids(self._receivers.processes),
+                "origin": pids([self._reader]),
+            },
         }
 
     def peers(self) -> list[dict[str, Any]]:

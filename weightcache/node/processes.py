@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from weightcache.log import fields
@@ -127,3 +127,8 @@ class BulkProcess:
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
+
+
+def pids(processes: Iterable[BulkProcess]) -> list[int]:
+    """Of those that run."""
+    return [process.pid for process in processes if process.pid is not None]

@@ -55,6 +55,7 @@ from weightcache.node.disown import Disowning
 from weightcache.node.incoming import Incoming, Landed, Shared, one_file
 from weightcache.node.kin import SOON, SOON_SECONDS, Kin
 from weightcache.node.processes import BulkProcess
+from weightcache.node.receivers import Receivers
 from weightcache.node.report import Tally
 from weightcache.node.swarm import Peer, Place, State
 from weightcache.node.trust import Trust
@@ -63,7 +64,6 @@ from weightcache.store import Flusher, Landing, Store, default_budget
 log = logging.getLogger(__name__)
 
 RESTART_SECONDS = 0.5  # for which a bulk process that died is not asked
-_BATCH = 256  # chunks in one message to a bulk process
 
 
 class Transfers:
@@ -72,7 +72,7 @@ class Transfers:
     def __init__(
         self,
         store: Store,
-        receiver: BulkProcess,
+        receivers: Receivers,
         reader: BulkProcess,
         config: Config,
         had: Callable[[Incoming, int, bytes], None],
@@ -82,7 +82,8 @@ class Transfers:
         trust: Trust,
     ) -> None:
         self._store = store
-        self._processes = {"recv": receiver, "origin": reader}
+        self._receivers = receivers
+        self._reader = reader
         self._attempts = config.origin.attempts
         self._had = had
         self._reads = reads
@@ -98,7 +99,6 @@ class Transfers:
         self._kin = Kin(self._incoming, store.node_id)
         self._requests: dict[int, tuple[Incoming, Fetch, set[int]]] = {}  # the set: chunks still to come
         self._disowning = Disowning(store, self._again)
-        self._introduced: set[bytes] = set()  # peers the receiver knows
         self._next_handle = 0
         self._wake: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -221,20 +221,18 @@ class Transfers:
         self._feed(PeerLeft(peer))
         if (known := self._peers.get(peer)) is not None:  # it is merely not believed any more
             self.peer_joined(known)
-        self._introduced.discard(peer)
-        self._processes["recv"].send("forget", peer)
+        self._receivers.forget(peer)
 
     # -- the planner's actions
 
     def _feed(self, *events: Event) -> None:
         now = self._loop.time()
-        batches: dict[bytes, list[list[Any]]] = {}
         cancelled: list[int] = []
         for event in events:
             for action in self._planner.handle(event, now):
                 match action:
                     case Fetch():
-                        self._fetch(action, batches)
+                        self._fetch(action)
                     case Cancel(request):
                         if self._requests.pop(request, None) is not None and request not in self._disowning:
                             cancelled.append(request)
@@ -248,14 +246,12 @@ class Transfers:
                         self._end(self._incoming[blob], None)
                     case GiveUp(blob, error, message):
                         self._end(self._incoming[blob], from_wire(error, message))
-        for peer, rows in batches.items():
-            for first in range(0, len(rows), _BATCH):
-                self._processes["recv"].send("get", peer, rows[first : first + _BATCH])
+        self._receivers.send()
         if cancelled:
-            for process in self._processes.values():
-                process.send("cancel", cancelled)
+            self._receivers.cancel(cancelled)
+            self._reader.send("cancel", cancelled)
 
-    def _fetch(self, fetch: Fetch, batches: dict[bytes, list[list[Any]]]) -> None:
+    def _fetch(self, fetch: Fetch) -> None:
         coming = self._incoming[fetch.blob]
         if fetch.via == SOON:
             self._loop.call_soon(self._feed, Failed(fetch.request, Kind.BUSY, wait=SOON_SECONDS))
@@ -263,36 +259,31 @@ class Transfers:
         if fetch.via == self._store.node_id:
             fetch = replace(fetch, via=Via.LOCAL)
         self._requests[fetch.request] = (coming, fetch, set(fetch.chunks))
-        role = "recv" if isinstance(fetch.via, bytes) else "origin"
-        process = self._processes[role]
-        process.start()
-        if role not in coming.opened:
-            coming.opened.add(role)
-            about = [one_file(coming.entry)] if role == "origin" else []
-            process.send("blob", coming.handle, *about, fds=[os.dup(coming.writer.fd)])
         rows = [self._row(coming, chunk) for chunk in fetch.chunks]
         if isinstance(fetch.via, bytes):
-            self._introduce(fetch.via)
-            batch = batches.setdefault(fetch.via, [])
-            elsewhere = coming.shared.get(fetch.via, {})
+            known, elsewhere = self._peers.get(fetch.via), coming.shared.get(fetch.via, {})
             for index, *span in rows:  # it lands where it belongs, whatever it is part of over there
-                batch.append([fetch.request, coming.handle, *elsewhere.get(index, (coming.blob, index)), *span])
-        elif fetch.via is Via.LOCAL:
-            self._copy(fetch, coming, rows[0])
+                row = [fetch.request, coming.handle, *elsewhere.get(index, (coming.blob, index)), *span]
+                self._receivers.fetch(fetch.via, known.bulk if known else None, coming.writer.fd, row)
         else:
-            process.send("stream" if fetch.whole else "read", fetch.request, coming.handle, rows)
+            self._read(fetch, coming, rows)
         if self._is_outside(fetch.via):
             self._reads(coming, fetch.chunks)
+
+    def _read(self, fetch: Fetch, coming: Incoming, rows: list[list[Any]]) -> None:
+        """From the origin, or from this host's own disk."""
+        self._reader.start()
+        if not coming.opened:
+            coming.opened = True
+            self._reader.send("blob", coming.handle, one_file(coming.entry), fds=[os.dup(coming.writer.fd)])
+        if fetch.via is Via.LOCAL:
+            self._copy(fetch, coming, rows[0])
+        else:
+            self._reader.send("stream" if fetch.whole else "read", fetch.request, coming.handle, rows)
 
     def _row(self, coming: Incoming, chunk: int) -> list[Any]:
         offset, length = coming.manifest.plan.span(chunk)
         return [chunk, offset, length, coming.manifest.id(chunk) or b""]
-
-    def _introduce(self, peer: bytes) -> None:
-        known = self._peers.get(peer)
-        if peer not in self._introduced and known is not None and known.bulk is not None:
-            self._introduced.add(peer)
-            self._processes["recv"].send("peer", peer, known.bulk.host, known.bulk.port)
 
     def _copy(self, fetch: Fetch, coming: Incoming, row: list[Any]) -> None:
         blob, chunk = coming.local[row[0]]
@@ -303,7 +294,7 @@ class Transfers:
             self._loop.call_soon(self._feed, Failed(fetch.request, Kind.MISSING, str(error)))
             return
         offset = manifest.plan.span(chunk)[0] if manifest is not None else 0
-        self._processes["origin"].send("copy", fetch.request, coming.handle, row, offset, fds=[reader])
+        self._reader.send("copy", fetch.request, coming.handle, row, offset, fds=[reader])
 
     def _blame(self, blame: Blame) -> None:
         if blame.via == SOON:
@@ -461,17 +452,22 @@ class Transfers:
         coming.local, coming.shared = {}, {}
         self._add(coming, {})
 
-    def died(self, role: str, reason: str) -> None:
-        """A bulk process has ended by itself. The next request starts it again, and no peer is to blame."""
-        if role == "recv":
-            self._introduced.clear()
+    def lost(self, requests: Collection[int], reason: str) -> None:
+        """A receiver that was to answer these has ended by itself: no peer is to blame."""
+        wait = 0.0 if self._receivers.up else RESTART_SECONDS
+        for request in requests:
+            self._disowning.ended(request)
+            if self._requests.pop(request, None) is not None:
+                self._feed(Failed(request, Kind.BUSY, reason, wait))
+
+    def reader_died(self, reason: str) -> None:
+        """The reader has ended by itself. The next request starts it again."""
         for coming in self._incoming.values():
-            coming.opened.discard(role)
-        self._disowning.died(role)
+            coming.opened = False
+        self._disowning.died("origin")
         for request, (_, fetch, _) in list(self._requests.items()):
-            if isinstance(fetch.via, bytes) == (role == "recv") and self._requests.pop(request, None) is not None:
-                kind = Kind.BUSY if role == "recv" else Kind.UNAVAILABLE
-                self._feed(Failed(request, kind, reason, RESTART_SECONDS, "OriginUnavailable"))
+            if not isinstance(fetch.via, bytes) and self._requests.pop(request, None) is not None:
+                self._feed(Failed(request, Kind.UNAVAILABLE, reason, RESTART_SECONDS, "OriginUnavailable"))
 
     # -- the end of a blob's way
 
@@ -479,8 +475,9 @@ class Transfers:
         self._incoming.pop(coming.blob, None)
         for request in [r for r, (owner, _, _) in self._requests.items() if owner is coming]:
             del self._requests[request]
-        for role in coming.opened:
-            self._processes[role].send("close", coming.handle)
+        self._receivers.close(coming.handle)
+        if coming.opened:
+            self._reader.send("close", coming.handle)
         self._flusher.ended(coming.writer)
         if not coming.done.done():
             if error is None:
