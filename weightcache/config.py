@@ -364,7 +364,7 @@ def socket_folder() -> str:
 
 
 def usual_processes() -> int:
-    """How many processes a side suit this machine: about four cores to each pair, and as many to all else."""
+    """How many processes a side suit this machine: when all are busy, half of its cores are left to workers."""
     return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
 
 

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import msgpack
 import uvloop
 
-from weightcache.config import OriginConfig
+from weightcache.config import OriginConfig, usual_processes
 from weightcache.core.events import Kind
 from weightcache.core.ids import Buffer
 from weightcache.core.landing import ChunkMismatch, Spent, land
@@ -51,7 +51,7 @@ from weightcache.net.node_channel import ChannelClosed, NodeChannel
 from weightcache.origin import Origins
 
 BESIDE_SECONDS = 2.0  # that a published manifest may come later than the header
-LANDING_THREADS = 2  # hashing and writing release the interpreter's lock
+LANDING_THREADS = max(2, usual_processes())  # hashing and writing release the interpreter's lock
 SPARE_BUFFERS = 4  # kept for the next reads
 REST_SECONDS = 1.0  # after the last of them until its memory is given back
 Chunk = tuple[int, int, int, bytes]
