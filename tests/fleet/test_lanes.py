@@ -93,6 +93,8 @@ def test_one_that_dies_takes_nothing_else_along(s3_server: S3Server, data: bytes
         assert Path(report["path"]).read_bytes() == data
         assert from_peers(report) + report["bytes_by_source"]["origin"] == len(data)
         assert from_peers(report) > 0
+        if role == "recv":  # it did not wait for what died, and blames nobody
+            assert (from_peers(report), report["fallbacks"]) == (len(data), [])
         assert first in processes(host, role)
 
 

@@ -110,7 +110,6 @@ class Serving:
             except OSError:
                 await asyncio.sleep(ACCEPT_SECONDS)
                 continue
-            sender.process.start()
             sender.hand(sock)
             following.process.start()
 
