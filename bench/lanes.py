@@ -15,7 +15,7 @@ from tests.fleet.daemons import Daemon, slowly, written
 
 ABOUT = (
     "Slowed: each receiving process lands at most 100 MB/s and idles the rest of the time, so that it is not this "
-    "machine's cores that hold several; chunks of 1 MiB. Shares: of the bytes of all turns, by process."
+    "machine's cores that hold several; chunks of 1 MiB. Shares: of all the bytes, by process."
 )
 COUNTS = (1, 2, 4)
 
@@ -28,20 +28,17 @@ def lanes(run: Run) -> Table:
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         server, _ = enter(nginx(run.folder))
-        files = {False: (server.url("blob"), size), True: (server.url("small.safetensors"), small)}
-        contenders, receiving, sending = [enter(limit(path, run.folder, fastest(run)))], [], []
-        for slowed in (False, True):
-            env = slowly() if slowed else None
+        contenders, pairs = [enter(limit(path, run.folder, fastest(run)))], []
+        for name, moved, slowed in (("blob", size, ""), ("small.safetensors", small, " slowed")):
             for count in COUNTS:
-                name, folder = f"{count}{' slowed' * slowed}", run.folder / f"{count}{slowed}"
-                options = (f"--bulk-processes={count}",)
-                source, bytes_moved = files[slowed]
-                sending.append(enter(holder(Daemon(folder / "a", *options), [source])))
-                receiving.append(enter(host(folder / "b", *options, peers=sending[-1:], env=env)))
-                contenders.append(pulling(name, source, bytes_moved, receiving[-1], sending[-1:]))
+                folder, option, source = run.folder / f"{count}{slowed}", f"--bulk-processes={count}", server.url(name)
+                of = enter(holder(Daemon(folder / "a", option), [source]))
+                to = enter(host(folder / "b", option, peers=[of], env=slowly() if slowed else None))
+                contenders.append(pulling(f"{count}{slowed}", source, moved, to, [of]))
+                pairs.append((of, to))
         title = f"one peer to one host, {size / MB:.0f} MB, loopback, {len(os.sched_getaffinity(0))} cores"
         table = rounds.compare("lanes", title, ABOUT, contenders, run)
-        for row, to, of in zip(table.rows[1:], receiving, sending, strict=True):
+        for row, (of, to) in zip(table.rows[1:], pairs, strict=True):
             row.note = f"receiving: {shares(to, 'recv')}; sending: {shares(of, 'send')}"
     table.expect(at_least(0.9, "of one process' speed"), "2", "speed", "1")
     table.expect(at_least(1.8, "times one process' speed, slowed"), "2 slowed", "speed", "1 slowed")
