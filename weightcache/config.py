@@ -37,7 +37,6 @@ __all__ = [
     "parse_address",
     "parse_discover",
     "settings",
-    "usual_processes",
 ]
 
 MAX_SOCKET_PATH = 107  # bytes: what a sockaddr_un holds besides the closing zero
@@ -361,11 +360,6 @@ def socket_folder() -> str:
 
     usual = tempfile.gettempdir()
     return usual if len(os.fsencode(usual)) < MAX_SOCKET_PATH - 64 else "/tmp"
-
-
-def usual_processes() -> int:
-    """How many processes a side suit this machine: when all are busy, half of its cores are left to workers."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
 
 
 def cluster_key(config: Config) -> bytes | None:

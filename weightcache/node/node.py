@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from weightcache.address import without_secrets
-from weightcache.config import Address, Config, cluster_key, parse_address, usual_processes
+from weightcache.config import Address, Config, cluster_key, parse_address
 from weightcache.core.manifest import Manifest, encode_manifest
 from weightcache.core.patterns import EVERYTHING, Patterns
 from weightcache.core.snapshot import FileEntry, Snapshot, encode_snapshot
@@ -28,7 +28,7 @@ from weightcache.node.calls import OriginCalls
 from weightcache.node.incoming import Incoming
 from weightcache.node.loading import Had, Loading, selected
 from weightcache.node.manifests import Manifests
-from weightcache.node.processes import BulkProcess, pids
+from weightcache.node.processes import BulkProcess, pids, usual_processes
 from weightcache.node.publishing import Publisher
 from weightcache.node.receivers import Receivers
 from weightcache.node.report import Tally

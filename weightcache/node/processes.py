@@ -129,6 +129,11 @@ class BulkProcess:
                 await self._process.wait()
 
 
+def usual_processes() -> int:
+    """How many processes a side suit this machine: when all are busy, half of its cores are left to workers."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+
+
 def pids(processes: Iterable[BulkProcess]) -> list[int]:
     """Of those that run."""
     return [process.pid for process in processes if process.pid is not None]

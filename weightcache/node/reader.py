@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import msgpack
 import uvloop
 
-from weightcache.config import OriginConfig, usual_processes
+from weightcache.config import OriginConfig
 from weightcache.core.events import Kind
 from weightcache.core.ids import Buffer
 from weightcache.core.landing import ChunkMismatch, Spent, land
@@ -48,6 +48,7 @@ from weightcache.errors import OriginUnavailable, WeightcacheError, to_wire
 from weightcache.net.channel import close_all
 from weightcache.net.memory_file import memory_file, read_memory_file
 from weightcache.net.node_channel import ChannelClosed, NodeChannel
+from weightcache.node.processes import usual_processes
 from weightcache.origin import Origins
 
 BESIDE_SECONDS = 2.0  # that a published manifest may come later than the header
