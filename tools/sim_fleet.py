@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -257,7 +257,8 @@ class Fleet:
         for other in self.hosts.values():
             for transfer in list(other.lanes.get(host.name, ())):
                 self._stop(transfer)
-        met = [self.hosts[name] for name in {**host.met, **self._choosy} if name in self.hosts]
+        heirs = {name: None for blob in host.loading for name in self._rolls[blob].next(self.blobs[blob].plan)}
+        met = [self.hosts[name] for name in {**host.met, **self._choosy, **heirs} if name in self.hosts]
         self.clock.at(self.now + self._latency, partial(self._deliver, met, said.PeerLeft(host.name)))
 
     def feed(self, host: Host, event: Event) -> None:
@@ -316,7 +317,7 @@ class Fleet:
         transfer = host.transfers[fetch.request] = Transfer(host, fetch, sender)
         if fetch.via is Via.ORIGIN:
             host.reading += 1
-            self._say_reads(host, fetch)
+            self._say_reads(host, fetch.blob, fetch.chunks)
             self.clock.at(self.now + FIRST_BYTE, partial(self._read, transfer))
         elif sender is not None:  # else it has just died: that news is on its way
             host.owed += self._length(fetch, 0)
@@ -370,6 +371,10 @@ class Fleet:
         transfer.over = True
         if sender is None:
             host.reading -= transfer.fetch.via is Via.ORIGIN
+            blob = transfer.fetch.blob
+            many = len(self._rolls[blob]) > FEW + 1
+            if many and transfer.fetch.via is Via.ORIGIN and not self._reads(host, self.blobs[blob]):
+                self._say_reads(host, blob, ())  # others wait for that
         else:
             host.owed -= self._length(transfer.fetch, 0)
             if (lane := host.lanes.get(sender.name)) is not None and transfer in lane:
@@ -420,12 +425,13 @@ class Fleet:
             if listener.loading:
                 self.feed(listener, event)
 
-    def _say_reads(self, host: Host, fetch: Fetch) -> None:
+    def _say_reads(self, host: Host, blob: bytes, chunks: Sequence[int]) -> None:
         """All who load the blob hear what is read: each chunk is read but once."""
-        roll = self._rolls[fetch.blob]
-        roll.reads.say(host.name, fetch.chunks, self.now)
+        roll = self._rolls[blob]
+        roll.reads.say(host.name, chunks, self.now)
         self.messages += max(0, len(roll) - len(self._choosy) - 1)
-        self._send(self._choosy, said.PeerReads(host.name, fetch.blob, fetch.chunks))
+        names = {**dict.fromkeys(roll.next(self.blobs[blob].plan)), **self._choosy}
+        self._send(names, said.PeerReads(host.name, blob, chunks))
 
     # -- the referee
 

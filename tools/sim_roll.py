@@ -6,27 +6,32 @@ already.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from weightcache.core.events import Peer
+from weightcache.core.layout import ChunkPlan
 from weightcache.core.neighbours import Crowd
 from weightcache.core.reads import Reads
+from weightcache.core.turns import parts, readers
 
 
 class Said(Reads):
     """What a whole fleet said to read: planners cannot change it."""
 
-    def begin(self, name: Peer, chunks: Iterable[int], now: float) -> None: ...
+    def begin(self, name: Peer, chunks: Sequence[int], now: float) -> None: ...
+
+    def quit(self, name: Peer) -> None: ...
 
     def forget(self, chunks: Iterable[int]) -> None: ...
 
     def give_up(self, before: float) -> None:
-        super().forget([chunk for chunk, (_, began) in self._readers.items() if began < before])
+        super().forget([chunk for chunk, (_, began) in self._by_chunk.items() if began < before])
 
-    def say(self, name: Peer, chunks: Iterable[int], now: float) -> None:
+    def say(self, name: Peer, chunks: Sequence[int], now: float) -> None:
         super().begin(name, chunks, now)
 
     def unsay(self, name: Peer) -> None:
+        self.readers.pop(name, None)
         super().forget(self.of(name))
 
 
@@ -43,6 +48,21 @@ class Roll(Crowd):
 
     def enter(self, name: Peer) -> None:
         super().join(name)
+
+    def next(self, plan: ChunkPlan) -> Iterator[Peer]:
+        """Whose turn it is to read what nobody has begun to: nobody else does anything about it."""
+        some = parts(plan)
+        most = readers(plan, some)
+        if len(self) <= most:
+            return
+        room = most - len(self.reads.readers)
+        for part, chunks in enumerate(some):
+            if room <= 0:
+                break
+            if chunks & ~self.reads.under_way:
+                room -= 1
+                if (home := self.homes(len(some)).home(part)) is not None:
+                    yield home
 
     def leave(self, name: Peer) -> None:
         self.reads.unsay(name)

@@ -165,7 +165,7 @@ def play(scenario: Scenario, hear: Callable[[Fleet], None] | None = None) -> Jso
         "first_component_seconds": _round(firsts[-1]) if firsts else None,
         "first_component_share": _round(first.plan.size / scenario.size),
         "messages_per_host_and_chunk": _round(fleet.messages / (scenario.hosts * chunks)),
-        "messages_bound": min(scenario.hosts - 1, FEW if scenario.hosts <= FEW + 1 else 2 * RINGS) + 1,
+        "messages_bound": scenario.hosts if scenario.hosts <= FEW + 1 else 2 * RINGS + 2,
         "greetings_per_host": _round(fleet.greetings / scenario.hosts),
         "failed": sorted(failed),
         "events": fleet.clock.events,

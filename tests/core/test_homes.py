@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from tests.core.virtual import World
 from weightcache.core import turns as rules
+from weightcache.core.bitmap import ChunkSet
 from weightcache.core.bits import members
-from weightcache.core.events import Done, PeerQuits, Reach
+from weightcache.core.events import Done, Event, Fetch, LoadAdded, PeerQuits, PeerReads, Reach
 from weightcache.core.homes import Homes
 from weightcache.core.layout import CHUNK, ChunkPlan
+from weightcache.core.planner import Planner
 from weightcache.core.turns import parts
 
 BLOB = b"b" * 32
@@ -124,6 +126,22 @@ def test_what_homes_never_bring_is_read_all_the_same(reach: Reach) -> None:
         world.run()
         assert isinstance(wanted.end, Done), seed
         assert wanted.ended_at < 30, seed
+
+
+def test_a_large_swarm_reads_in_order_and_not_all_at_once() -> None:
+    planner = Planner(seed=1, me=b"me 1")
+    plan = ChunkPlan(400 * CHUNK, range(0, 400 * CHUNK, CHUNK))
+    many = rules.READING // CHUNK
+    peers = [b"peer %d" % number for number in range(many + 16)]
+    readers = [(peer, [number] if number < many else []) for number, peer in enumerate(peers)]
+
+    def asks(event: Event, now: float) -> list[int]:
+        return [action.chunks[0] for action in planner.handle(event, now) if isinstance(action, Fetch)]
+
+    assert not asks(LoadAdded(b"blob", plan, ChunkSet(400), 1, Reach.RANGED, readers=readers), 0.0)
+    assert not asks(LoadAdded(b"later", plan, ChunkSet(400), 2, Reach.RANGED), 0.0)  # that one has no line: it waits
+    begun = [chunk for peer in peers[:many] for chunk in asks(PeerReads(peer, b"blob", ()), 0.01)]
+    assert begun == [112]  # of its share the first that nobody has begun
 
 
 def test_a_member_that_quits_leaves_its_share_at_once() -> None:

@@ -92,4 +92,4 @@ def test_a_fleet_of_more_than_neighbours_reads_the_origin_once(trouble: dict[str
     found = play(Scenario(100, 120_000_000, 4 << 20, 12.5e8, 5e8, spread=0.1, seed=3, **trouble))  # type: ignore[arg-type]
     assert not found["failed"]
     assert found["egress"] <= (1.15 if trouble else 1.05)
-    assert found["messages_per_host_and_chunk"] <= found["messages_bound"] == 2 * RINGS + 1
+    assert found["messages_per_host_and_chunk"] <= found["messages_bound"] == 2 * RINGS + 2

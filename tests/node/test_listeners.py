@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,7 @@ from weightcache.config import Address
 from weightcache.core import neighbours
 from weightcache.core.bitmap import ChunkSet
 from weightcache.directory.base import Member
+from weightcache.node import listeners
 from weightcache.node.listeners import Listeners
 from weightcache.node.swarm import Info, Peer, Place, State, Swarm
 from weightcache.node.trust import Trust
@@ -31,6 +33,7 @@ class OneBlob:
         self.loads = True
         self.told: dict[bytes, set[int]] = {}  # by peer: the chunks that it said to have
         self.readers: dict[bytes, set[int]] = {}
+        self.idle: Counter[bytes] = Counter()  # by peer: how often it said to read nothing
 
     def find(self, source: str) -> bytes | None:
         return None
@@ -57,6 +60,7 @@ class OneBlob:
 
     def peer_reads(self, peer: Peer, blob: bytes, chunks: Sequence[int]) -> None:
         self.readers.setdefault(peer.id, set()).update(chunks)
+        self.idle[peer.id] += not chunks
 
     def peer_quits(self, peer: Peer, blob: bytes) -> None: ...
 
@@ -103,17 +107,22 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 async def test_in_a_small_swarm_all_hear_what_a_host_gets() -> None:
     async with fleet(4) as hosts:
+        hosts[0].swarm.announce_reads(BLOB, [])
         hosts[0].gets(3)
         await until(lambda: all(host.hears(hosts[0]) == {3} for host in hosts[1:]))
+        assert all(host.shelf.idle[hosts[0].id] == 1 for host in hosts[1:])  # when it joined: nobody waits for that
 
 
 async def test_in_a_large_swarm_neighbours_do_and_news_of_reads_goes_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "FEW", FEW)  # else it takes more hosts
+    for module in (neighbours, listeners):
+        monkeypatch.setattr(module, "FEW", FEW)  # else it takes more hosts
     async with fleet(FEW + 8) as hosts:
         first, *others = hosts
         first.gets(3)
         first.swarm.announce_reads(BLOB, [5])
         await until(lambda: all(host.shelf.readers[first.id] == {5} for host in others))
+        first.swarm.announce_reads(BLOB, [])
+        await until(lambda: all(host.shelf.idle[first.id] == 2 for host in others))
         await until(lambda: any(host.hears(first) for host in others))
         near = [host for host in others if host.hears(first)]
         assert 0 < len(near) <= FEW < len(others)
@@ -130,22 +139,22 @@ async def test_in_a_large_swarm_neighbours_do_and_news_of_reads_goes_to_all(monk
 
 def test_strangers_hear_nothing_and_other_datacenters_everything() -> None:
     me, far, *near = (secrets.token_bytes(16) for _ in range(neighbours.FEW + 12))
-    listeners = Listeners(me)
-    listeners.add(BLOB, far, remote=True)
+    own = Listeners(me)
+    own.add(BLOB, far, remote=True)
     for peer in near:
-        listeners.add(BLOB, peer, remote=False)
-    assert sorted(listeners.neighbours(BLOB)) == sorted([far, *near])  # as long as this host does not load it
-    listeners.load(BLOB)
-    told = listeners.neighbours(BLOB)
+        own.add(BLOB, peer, remote=False)
+    assert sorted(own.neighbours(BLOB)) == sorted([far, *near])  # as long as this host does not load it
+    own.load(BLOB)
+    told = own.neighbours(BLOB)
     assert far in told
     assert len(told) <= FEW + 1
-    assert listeners.new(BLOB) == []
+    assert own.new(BLOB) == []
     gone = next(peer for peer in told if peer != far)
-    listeners.drop(BLOB, gone)
-    assert set(listeners.new(BLOB)) == set(listeners.neighbours(BLOB)) - set(told)
-    assert listeners.new(BLOB) == []
-    listeners.unload(BLOB)
+    own.drop(BLOB, gone)
+    assert set(own.new(BLOB)) == set(own.neighbours(BLOB)) - set(told)
+    assert own.new(BLOB) == []
+    own.unload(BLOB)
     for peer in (far, *near):
-        listeners.drop_all(peer)
-    assert BLOB not in listeners
-    assert not list(listeners.neighbours(BLOB))
+        own.drop_all(peer)
+    assert BLOB not in own
+    assert not list(own.neighbours(BLOB))

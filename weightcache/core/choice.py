@@ -41,6 +41,8 @@ class Choice:
     def of_peers(self, load: Load, wanted: int, now: float, *, thorough: bool) -> Question | None:
         """A chunk of the ``wanted``, and who should be asked for it."""
         peers = self._peers
+        if not (load.complete & peers.open or wanted & load.held):
+            return None
         holders = load.complete | load.partial
         alone = load.scatter.alone  # then nobody's uplink is everybody's queue
         held = load.held if alone else load.held_by(peers.askable(load.partial))

@@ -114,11 +114,13 @@ class Planner:
         self._reading = self._copying = 0  # requests at origins, and at this host's own disk
         self._reading_by_rank: dict[int, int] = {}
         self._asked = self._hedged = 0  # bytes, ever
+        self._last_rank = NEVER  # loads of higher rank read nothing yet: a sooner one stands in line
         self._out: list[Action] = []
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Apply one event at time ``now`` (seconds, monotonic) and return what to do about it."""
         self._out = []
+        news = True
         self._peers.rested(now)
         match event:
             case Got():
@@ -126,7 +128,7 @@ class Planner:
             case Failed():
                 self._failed(event, now)
             case PeerGot() | PeerHas() | PeerReads() | PeerQuits():
-                self._hear(event, now)
+                news = self._hear(event, now)
             case PeerMet():
                 self._peers.place(self._peers.meet(event.peer, now), remote=event.remote)
             case PeerLeft():
@@ -144,7 +146,8 @@ class Planner:
         self._pass_deadlines(now)
         self._hedge(now)
         beat = now >= self._beat
-        self._dispatch(now, thorough=beat or not self._requests)
+        if news or beat or not self._requests or self._choice.again <= now:
+            self._dispatch(now, thorough=beat or not self._requests)
         for load in list(self._loads.values()):
             if (beat or (load.spent and not load.flights)) and load.stuck(self._peers, self._congested, now):
                 self._give_up(load, *load.last_word(), now)
@@ -188,12 +191,15 @@ class Planner:
         for number in sorted({number for flights in load.flights.values() for number in flights}):
             self._cancel(number, load, now)
 
-    def _hear(self, event: OfPeer, now: float) -> None:
+    def _hear(self, event: OfPeer, now: float) -> bool:
+        """Whether it matters: who else has what is had here or under way does not."""
         load = self._loads.get(event.blob)
-        if load is not None:
-            slot = self._peers.meet(event.peer, now).slot
-            far = self._peers.remote >> slot & 1
-            self._outside.hear(load, slot, event) if far else load.hear(slot, event, now)
+        if load is None:
+            return False
+        slot = self._peers.meet(event.peer, now).slot
+        far = self._peers.remote >> slot & 1
+        self._outside.hear(load, slot, event) if far else load.hear(slot, event, now)
+        return not isinstance(event, PeerGot) or load.misses(event.chunks)
 
     def _peer_left(self, event: PeerLeft, now: float) -> None:
         peer = self._peers.get(event.peer)
@@ -437,6 +443,7 @@ class Planner:
     def _dispatch(self, now: float, *, thorough: bool) -> None:
         if self._choice.again <= now:
             self._choice.again = NEVER
+        self._last_rank = NEVER
         for queue in self._queues.values() if not self._congested else ():
             vain = 0
             while vain < len(queue) and (thorough or vain < LOADS_SEEN):
@@ -462,6 +469,8 @@ class Planner:
             far = self._outside.may_ask(load, peers, now) if able and self._may_read(load) else 0
             if origin or far:
                 found = choice.of_outside(load, wanted, now, origin=origin, far=far, thorough=thorough)
+                if found is None and load.turns.waits:
+                    self._last_rank = min(self._last_rank, load.rank)
         if found is None:
             return False
         self._ask(load, *found, now)
@@ -470,6 +479,8 @@ class Planner:
     def _may_read(self, load: Load) -> bool:
         """Whether one more read from outside the own datacenter may be under way."""
         sooner = sum(count for rank, count in self._reading_by_rank.items() if rank < load.rank)
+        if load.rank > self._last_rank:
+            return False
         return load.reading + sooner < load.turns.at_once(self._streams) and self._reading < self._streams
 
     def _origin_open(self, load: Load, now: float) -> bool:

@@ -13,12 +13,14 @@ as long as reads take here counts as nobody's.
 
 Reads at once: the origin is shared, and a chunk is worth most to the swarm when it is whole. One read at first, one
 more after each that was quick, one less after each that was slow. A host that is alone begins with a few, as others may
-be about to start, and is not held back once any of these has ended.
+be about to start, and is not held back once any of these has ended. In a swarm of more members than should read at once
+the parts are read in order, READING bytes at a time: who has ended says so, too, and the homes of the next begin. What
+is taken over there is what the line waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from weightcache.core.bits import members
 from weightcache.core.events import Peer, Reach
@@ -33,6 +35,7 @@ LOOK = 0.1  # seconds between two looks at what could be taken over
 FIRST_READS = 2  # at once, by a host that is alone
 QUICK = 0.3  # seconds: reads that take longer are not made faster by more of them
 READ_SECONDS = 1.0  # believed of a read before any has ended
+READING = 64 * ORIGIN_READ  # bytes that a large swarm reads at once
 PATIENCE, LATE = 2.0, 4.0  # seconds, and times as long as reads take, after which a read counts as nobody's
 
 
@@ -58,6 +61,8 @@ class Turns:
         self._own = 0  # and their chunks
         self._reads = crowd.reads
         self.idle: float | None = None  # since when there is nothing of its own left to read
+        self.waits = False  # whether parts stand in line: nothing of a later load is read before them
+        self._head = 0  # the first chunk in the line, as a set
         self._reach = 0  # chunks that may be taken over
         self.look = float("-inf")  # when it is worth asking again although nothing has happened
 
@@ -73,7 +78,7 @@ class Turns:
         """It does not any more: it has all, gave up, or left."""
         if (name := self._names.pop(slot, None)) is not None:
             self._joined &= ~(1 << slot)
-            self._reads.forget(self._reads.of(name))
+            self._reads.quit(name)
             self._crowd.quit(name)
 
     def reads(self, slot: int, chunks: Iterable[int], now: float) -> None:
@@ -122,17 +127,22 @@ class Turns:
         self._seat(self._joined & ~usable)
         if not self.shared:
             return wanted
-        own = wanted & self._own & ~self._reads.under_way
+        line, most = unheld & ~self._reads.under_way, readers(self._plan, self._parts)
+        self.waits = len(self._crowd) > most and line != 0 and self._origin is Reach.RANGED
+        room = most - len(self._reads.readers) if self.waits else len(self._plan)
+        own = _first(wanted & self._own & ~self._reads.under_way, line, room)
         if own & unheld:
             self.idle = None
             return own
+        if self.waits and line & -line != self._head:
+            self._head, self.idle = line & -line, None  # it moves: nobody is missed
         if self.idle is None:
             self.idle, self._reach, self.look = now, 0, now + SETTLE
         elif now >= self.look:
             self.look = now + LOOK
             self._reads.give_up(now - PATIENCE - LATE * self._seconds)  # read by nobody
             self._reach = self._chunks(self._within(2.0 ** min((now - self.idle) / DOUBLING, 64.0)))
-        return wanted & (self._own | self._reach) & ~self._reads.under_way
+        return _first(wanted & (self._own | self._reach) & ~self._reads.under_way, line, room)
 
     # -- books
 
@@ -167,6 +177,23 @@ class Turns:
 
     def _learn(self, seconds: float) -> None:
         self._seconds += 0.3 * (seconds - self._seconds)
+
+
+def readers(plan: ChunkPlan, parts: Sequence[int]) -> int:
+    """How many members of a swarm should read at once."""
+    return max(1, READING * len(parts) // max(1, plan.size))
+
+
+def _first(some: int, line: int, room: int) -> int:
+    """Of ``some`` chunks those that are among the first ``room`` in the line."""
+    if room >= line.bit_count():
+        return some
+    found = 0
+    for chunk in members(some):
+        if (line & ((1 << chunk) - 1)).bit_count() >= room:
+            break
+        found |= 1 << chunk
+    return found
 
 
 def parts(plan: ChunkPlan) -> list[int]:

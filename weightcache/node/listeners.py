@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from weightcache.core.neighbours import Rings
+from weightcache.core.neighbours import FEW, Rings
 
 
 class Listeners:
@@ -53,6 +53,10 @@ class Listeners:
     def unload(self, blob: bytes) -> None:
         self._quit(blob, self._me)
         self._told.pop(blob, None)
+
+    def are_many(self, blob: bytes) -> bool:
+        """Whether more want news than are neighbours."""
+        return len(self._all.get(blob, ())) > FEW
 
     def all(self, blob: bytes) -> Iterable[bytes]:
         return list(self._all.get(blob, ()))

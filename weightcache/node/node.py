@@ -161,7 +161,7 @@ class Node:
             self.swarm.announce(coming.blob, chunk)
 
     def _reads(self, coming: Incoming, chunks: Sequence[int]) -> None:
-        """Reading from the origin has begun: peers need not do the same."""
+        """Reading from the origin has begun: peers need not do the same; or (no chunks) has ended."""
         self.swarm.announce_reads(coming.blob, chunks)
 
     def _doubted(self, blob: bytes) -> None:

@@ -12,7 +12,7 @@ In a large swarm only neighbours hear what a host gets (listeners.py): new ones 
     call   manifest BLOB       -> the manifest, or nil; [the manifest] if others told it some of the ids in there
     call   shares [ID, ...]    -> for each chunk id: nil, or [a blob here that has such a chunk, its index there]
     notify unwant [BLOB, ...]; has BLOB (now complete); gone BLOB (evicted)
-           got [BLOB, [chunk, ...]]; reads [BLOB, [chunk, ...]] (begun)
+           got [BLOB, [chunk, ...]]; reads [BLOB, [chunk, ...]] (begun; none: ended)
 """
 
 from __future__ import annotations
@@ -430,8 +430,10 @@ class Swarm:
                 self._flush = asyncio.get_running_loop().call_later(ANNOUNCE_SECONDS, self._tell)
 
     def announce_reads(self, blob: bytes, chunks: Sequence[int]) -> None:
-        """Tell who wants it what this host has begun to read: at once, before somebody else does."""
-        self._notify(self._listeners.all(blob), "reads", [blob, chunks])
+        """Tell who wants it what this host has begun to read, at once, before somebody else does; and a large swarm,
+        where others wait for that, when nothing is left (no chunks)."""
+        if chunks or self._listeners.are_many(blob):
+            self._notify(self._listeners.all(blob), "reads", [blob, chunks])
 
     def announce_state(self, blob: bytes, *, has: bool) -> None:
         """Tell who wants it that this host has all of a blob, or nothing any more."""

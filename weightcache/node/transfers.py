@@ -370,6 +370,8 @@ class Transfers:
             self._had_now(coming, chunk, row)
             yield Got(row.request, chunk)
             yield from self._kin.landed(row.name, (coming.blob, chunk))
+        if any(row.via is Via.ORIGIN for row in fresh.values()) and not self.reading(blob):
+            self._reads(coming, ())
 
     def _had_now(self, coming: Incoming, chunk: int, row: Landed) -> None:
         again = coming.take(chunk, row)
