@@ -73,11 +73,9 @@ class Choice:
     def looks_outside(self, load: Load, wanted: int) -> bool:
         """Whether any of the ``wanted`` chunks is perhaps to be had from no peer of the own datacenter."""
         usable = self._peers.open | self._peers.busy
-        if load.complete & usable:
-            return False
-        if load.partial & ~usable or wanted & ~load.held:
+        if not load.complete & usable and (load.partial & ~usable or wanted & ~load.held):
             return True
-        load.turns.idle = None  # it waits for peers
+        load.turns.rest()
         return False
 
     def of_outside(

@@ -469,9 +469,9 @@ class Planner:
             far = self._outside.may_ask(load, peers, now) if able and self._may_read(load) else 0
             if origin or far:
                 found = choice.of_outside(load, wanted, now, origin=origin, far=far, thorough=thorough)
-                if found is None and load.turns.waits:
-                    self._last_rank = min(self._last_rank, load.rank)
         if found is None:
+            if load.turns.waits:
+                self._last_rank = min(self._last_rank, load.rank)
             return False
         self._ask(load, *found, now)
         return True

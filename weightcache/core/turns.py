@@ -60,7 +60,7 @@ class Turns:
         self._home_parts = 0  # parts whose home is here,
         self._own = 0  # and their chunks
         self._reads = crowd.reads
-        self.idle: float | None = None  # since when there is nothing of its own left to read
+        self._idle: float | None = None  # since when there is nothing of its own left to read
         self.waits = False  # whether parts stand in line: nothing of a later load is read before them
         self._head = 0  # the first chunk in the line, as a set
         self._reach = 0  # chunks that may be taken over
@@ -107,6 +107,10 @@ class Turns:
 
     # -- decisions
 
+    def rest(self) -> None:
+        """Peers have all that is wanted."""
+        self._idle, self.waits = None, False
+
     @property
     def shared(self) -> bool:
         """Whether others may read for this host."""
@@ -132,16 +136,16 @@ class Turns:
         room = most - len(self._reads.readers) if self.waits else len(self._plan)
         own = _first(wanted & self._own & ~self._reads.under_way, line, room)
         if own & unheld:
-            self.idle = None
+            self._idle = None
             return own
         if self.waits and line & -line != self._head:
-            self._head, self.idle = line & -line, None  # it moves: nobody is missed
-        if self.idle is None:
-            self.idle, self._reach, self.look = now, 0, now + SETTLE
+            self._head, self._idle = line & -line, None  # it moves: nobody is missed
+        if self._idle is None:
+            self._idle, self._reach, self.look = now, 0, now + SETTLE
         elif now >= self.look:
             self.look = now + LOOK
             self._reads.give_up(now - PATIENCE - LATE * self._seconds)  # read by nobody
-            self._reach = self._chunks(self._within(2.0 ** min((now - self.idle) / DOUBLING, 64.0)))
+            self._reach = self._chunks(self._within(2.0 ** min((now - self._idle) / DOUBLING, 64.0)))
         return _first(wanted & (self._own | self._reach) & ~self._reads.under_way, line, room)
 
     # -- books
