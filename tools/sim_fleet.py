@@ -65,6 +65,11 @@ def everybody(other: Host) -> bool:
     return True
 
 
+def _outside(host: Host, sender: Host | None) -> bool:
+    """Whether what it sends is read from outside of the host's datacenter."""
+    return sender is None or sender.place != host.place
+
+
 class Transfer:
     """One request under way: its chunks arrive one after the other."""
 
@@ -79,13 +84,15 @@ class Transfer:
 
 @dataclass(eq=False, slots=True)
 class Host:
-    """``had``, ``ended``, ``crowds``: by blob. ``knows``: whom it sees. ``told``: who heard its news last."""
+    """``had``, ``ended``, ``crowds``: by blob. ``knows``: whom it sees. ``told``: who heard its news last. ``place``:
+    its datacenter."""
 
     name: Peer
     planner: Planner
     up: Port
     down: Port
     lies: bool = False
+    place: int = 0
     alive: bool = True
     began: float = 0.0
     knows: Callable[[Host], bool] = everybody
@@ -110,8 +117,9 @@ class Fleet:
     """Hosts that load blobs, at links of ``link`` bytes/s each way; ``origin`` is what the origin gives to all."""
 
     def __init__(
-        self, seed: int, blobs: Iterable[Blob], link: float, origin: float, latency: float = 0.005, batch: float = BATCH
-    ) -> None:
+        self, seed: int, blobs: Iterable[Blob], link: float, origin: float, latency: float = 0.005,
+        prefer: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.random = random.Random(seed)
         self.blobs = {blob.name: blob for blob in blobs}
         self.clock = Clock()
@@ -122,7 +130,8 @@ class Fleet:
         self.decisions = 0
         self.thinking = 0.0  # CPU seconds of this machine, in planners
         self.trace = xxh3_128()  # of all that was asked for, and when
-        self._link, self._latency, self._batch = link, latency, batch
+        self.crossed = 0  # bytes, between datacenters
+        self._link, self._latency, self._prefer = link, latency, prefer
         self._network = Network(self.clock)
         self._unfinished: dict[Peer, None] = {}  # hosts that live, and load or will
         self._rolls = {name: Roll(name) for name in self.blobs}
@@ -143,13 +152,14 @@ class Fleet:
         """Bytes that the origin has sent."""
         return self.origin.carried
 
-    def add(self, link: float | None = None, *, lies: bool = False, warm: bool = False) -> Host:
+    def add(self, link: float | None = None, *, lies: bool = False, warm: bool = False, place: int = 0) -> Host:
         """One more host. It does nothing yet; a warm one has everything."""
         rate = link or self._link
         name = self.random.randbytes(32)
         crowds: dict[bytes, Crowd] = {}
-        planner = Planner(self.random.getrandbits(32), STREAMS, me=name, crowds=crowds.__getitem__)
-        host = self.hosts[name] = Host(name, planner, Port(rate), Port(rate), lies, crowds=crowds)
+        draw = self.random.getrandbits(32)
+        planner = Planner(draw, STREAMS, me=name, prefer=self._prefer, crowds=crowds.__getitem__)
+        host = self.hosts[name] = Host(name, planner, Port(rate), Port(rate), lies, place, crowds=crowds)
         if warm:
             host.had = {blob.name: blob.all for blob in self.blobs.values()}
         return host
@@ -172,6 +182,10 @@ class Fleet:
             self._choosy[host.name] = host
         seen = [other for other in self.hosts.values() if other is not host and other.alive and host.knows(other)]
         self.greetings += 2 * len(seen)
+        for other in seen:
+            if other.place != host.place:
+                self.feed(host, said.PeerMet(other.name, remote=True))
+                self.feed(other, said.PeerMet(host.name, remote=True))
         for blob in sorted(self.blobs.values(), key=lambda blob: blob.rank):
             self._enter(host, blob, seen)
 
@@ -182,7 +196,7 @@ class Fleet:
         members = [other for other in seen if blob.name in other.loading]
         roll.enter(host.name)
         if crowd is not roll:
-            for name in (host.name, *(other.name for other in members)):
+            for name in (host.name, *(other.name for other in members if other.place == host.place)):
                 crowd.join(name)
         near = {name: self.hosts[name] for name in self._near(host, blob.name)}
         near |= {name: other for name, other in self._choosy.items() if other is not host and other.loading}
@@ -239,7 +253,7 @@ class Fleet:
         return None if had == blob.all else ChunkSet(len(blob.plan), members(had))
 
     def _reads(self, host: Host, blob: Blob) -> list[int]:
-        reads = [t for t in host.transfers.values() if t.sender is None and t.fetch.blob == blob.name]
+        reads = [t for t in host.transfers.values() if _outside(host, t.sender) and t.fetch.blob == blob.name]
         return [chunk for transfer in reads for chunk in transfer.fetch.chunks[transfer.arrived :]]
 
     def kill(self, host: Host) -> None:
@@ -321,6 +335,8 @@ class Fleet:
             self.clock.at(self.now + FIRST_BYTE, partial(self._read, transfer))
         elif sender is not None:  # else it has just died: that news is on its way
             host.owed += self._length(fetch, 0)
+            if _outside(host, sender):
+                self._say_reads(host, fetch.blob, fetch.chunks)
             self.clock.at(self.now + 2 * self._latency, partial(self._queue, transfer, sender))
 
     def _length(self, fetch: Fetch, index: int) -> int:
@@ -357,6 +373,8 @@ class Fleet:
         if transfer.sender is not None and transfer.sender.lies:
             self.feed(host, said.Failed(fetch.request, said.Kind.MISMATCH, "other bytes"))
             return
+        if transfer.sender is not None and _outside(host, transfer.sender):
+            self.crossed += blob.plan.span(chunk)[1]
         had = host.had.get(blob.name, 0)
         if not had >> chunk & 1:
             host.had[blob.name] = had | 1 << chunk
@@ -397,7 +415,7 @@ class Fleet:
 
     def _announce(self, host: Host, blob: bytes, chunk: int) -> None:
         if not host.news:
-            self.clock.at(self.now + self._batch, partial(self._flush, host))
+            self.clock.at(self.now + BATCH, partial(self._flush, host))
         host.news.setdefault(blob, []).append(chunk)
 
     def _flush(self, host: Host) -> None:
@@ -408,10 +426,9 @@ class Fleet:
     def _tell(self, host: Host, blob: bytes, event: OfPeer) -> None:
         if not host.alive:
             return
-        names = self._listeners(host, blob)
-        if isinstance(event, said.PeerHas | said.PeerQuits) and self._choosy:
-            names = tuple({**dict.fromkeys(names), **self._choosy})
-        self._send(names, event)
+        all_hear = isinstance(event, said.PeerHas | said.PeerQuits)
+        others = [name for name, other in self._choosy.items() if all_hear or other.place != host.place]
+        self._send(dict.fromkeys((*self._listeners(host, blob), *others)), event)
 
     def _send(self, names: Iterable[Peer], event: OfPeer) -> None:
         hosts = [self.hosts[name] for name in names if name in self.hosts and name != event.peer]
@@ -429,8 +446,8 @@ class Fleet:
         """All who load the blob hear what is read: each chunk is read but once."""
         roll = self._rolls[blob]
         roll.reads.say(host.name, chunks, self.now)
-        self.messages += max(0, len(roll) - len(self._choosy) - 1)
         names = {**dict.fromkeys(roll.next(self.blobs[blob].plan)), **self._choosy}
+        self.messages += max(0, len(roll) - len(names) - 1)
         self._send(names, said.PeerReads(host.name, blob, chunks))
 
     # -- the referee

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from functools import partial
 
 import pytest
 
-from tests.core.herd import BLOB, Herd, Host
 from tests.core.virtual import MIB, World
 from weightcache.core.events import Done, GiveUp, PeerMet, Reach
 from weightcache.core.layout import CHUNK, ChunkPlan
+from weightcache.tools.sim_fleet import Blob, Fleet
 
 ORIGIN_FIRST = ("local", "origin", "remote")
 REMOTE_FIRST = ("local", "remote", "origin")
@@ -97,56 +95,32 @@ def test_a_peer_that_comes_back_may_be_elsewhere() -> None:
     world.has(nobody, "blob")
 
 
-# -- fleets: two datacenters, the first of which has it all
+# -- fleets: two datacenters
 
 SIZE = 240_000_000
 LINK = 50e6
 
 
-class Datacenters(Herd):
-    """Hosts with an even number are in one datacenter, the others in another. Counts what crosses."""
-
-    def __init__(self, seed: int, hosts: int, prefer: tuple[str, ...], origin: float = LINK) -> None:
-        draw, starts, at = random.Random(seed), [], 0
-        while at < SIZE:
-            starts.append(at)
-            at += draw.choice([1, 2, 4, 8]) * MIB
-        self.prefer = prefer
-        self.crossed: Counter[int] = Counter()  # chunk -> how often
-        super().__init__(seed, hosts, ChunkPlan(SIZE, tuple(starts)), LINK, origin, prefer=prefer)
-
-    def remote(self, one: Host, other: Host) -> bool:
-        return (self.hosts.index(one) - self.hosts.index(other)) % 2 == 1
-
-    def settle(self, has: list[Host]) -> list[Host]:
-        """These have it all; the others, who start within a second."""
-        for host in self.hosts:
-            for other in self.hosts:
-                self.feed(host, PeerMet(other.name, remote=self.remote(host, other)))
-        for host in has:
-            host.had, host.end = set(range(len(self.plan))), Done(BLOB)
-        cold = [host for host in self.hosts if host not in has]
-        for host in cold:
-            self.at(self.random.random(), partial(self.start, host))
-        return cold
-
-    def end(self) -> float:
-        """Run it; how often each byte crossed from one datacenter to the other."""
-        self.run()
-        assert all(isinstance(host.end, Done) for host in self.hosts)
-        return sum(self.plan.span(chunk)[1] * times for chunk, times in self.crossed.items()) / SIZE
-
-    def arrives(self, host: Host, sender: Host | None, chunk: int) -> None:
-        if sender is not None and self.remote(host, sender):
-            self.crossed[chunk] += 1
+def play(seed: int, prefer: tuple[str, ...], *, warm: bool) -> tuple[Fleet, float, float]:
+    """Twelve hosts in two datacenters start within a second; those of the first have it all, if they are ``warm``. How
+    often each byte was read from the origin, and crossed from one datacenter to the other."""
+    draw, starts, at = random.Random(seed), [], 0
+    while at < SIZE:
+        starts.append(at)
+        at += draw.choice([1, 2, 4, 8]) * MIB
+    fleet = Fleet(seed, [Blob(b"b" * 32, ChunkPlan(SIZE, tuple(starts)))], LINK, LINK, prefer=prefer)
+    hosts = [fleet.add(warm=warm and not number % 2, place=number % 2) for number in range(12)]
+    for host in hosts[1::2] if warm else hosts:
+        fleet.start(host, draw.random())
+    fleet.run()
+    assert all(not why for host in hosts for _, why in host.ended.values())
+    return fleet, fleet.egress / SIZE, fleet.crossed / SIZE
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("prefer", "origin", "crossing"), [(ORIGIN_FIRST, 1, 0), (REMOTE_FIRST, 0, 1), (NEVER, 1, 0)])
 def test_a_datacenter_takes_each_byte_once(prefer: tuple[str, ...], origin: int, crossing: int, seed: int) -> None:
-    fleet = Datacenters(seed, 12, prefer)
-    fleet.settle(fleet.hosts[::2])
-    crossed, read = fleet.end(), fleet.egress / SIZE
+    fleet, read, crossed = play(seed, prefer, warm=True)
     print(f"seed {seed}: {crossed:.3f} crossed, {read:.3f} read, {fleet.now:.1f} s")
     assert crossing * 0.95 <= crossed <= crossing * 1.1, seed
     assert origin * 0.95 <= read <= origin * 1.1, seed
@@ -155,9 +129,7 @@ def test_a_datacenter_takes_each_byte_once(prefer: tuple[str, ...], origin: int,
 
 @pytest.mark.parametrize("seed", range(2))
 def test_when_nobody_has_it_each_datacenter_reads_it_or_takes_what_the_other_has(seed: int) -> None:
-    for prefer, read in ((ORIGIN_FIRST, 2.1), (NEVER, 2.1), (REMOTE_FIRST, 2.1)):
-        fleet = Datacenters(seed, 12, prefer)
-        fleet.settle([])
-        crossed = fleet.end()
-        assert 1.0 <= fleet.egress / SIZE <= read, seed
+    for prefer in (ORIGIN_FIRST, NEVER, REMOTE_FIRST):
+        _, read, crossed = play(seed, prefer, warm=False)
+        assert 1.0 <= read <= 2.1, seed
         assert crossed <= (1.1 if prefer == REMOTE_FIRST else 0.0), seed
