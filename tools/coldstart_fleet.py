@@ -79,7 +79,7 @@ class Node:
         """Have it ask the origin once: what a daemon starts with its first load is there from then on."""
         await self.client.pull(source, revalidate=True)
 
-    async def pull(self, source: str, on_event: Progress) -> Json:
+    async def pull(self, source: str, on_event: Progress | None = None) -> Json:
         return await self.client.pull(source, on_event)
 
     async def load(self, source: str) -> Json:

@@ -188,7 +188,7 @@ async def play(stage: Stage, roles: Sequence[Role], watcher: Watcher, title: str
             await every(node.wake(f"s3://{BUCKET}/{SMALL}") for node in nodes)
         if holders:
             watcher.say(f"{title}: bringing the object to {', '.join(node.role.name for node in holders)}")
-            await every(node.pull(stage.source, _deaf) for node in holders)
+            await every(node.pull(stage.source) for node in holders)
             await every(node.spoil(stage.source) for node in holders if node.role.kind == "corrupt")
         await asyncio.to_thread(os.sync)  # what was written before is not written in the middle of it
         watcher.begin(title, roles, stage.size)
@@ -274,10 +274,6 @@ async def _compare(stage: Stage, node: Node, seen: NodeRun) -> None:
         name.rpartition("/")[2] if single else name.removeprefix("files/"): d for name, d in stage.digests.items()
     }
     seen.correct = found == wanted
-
-
-def _deaf(event: Json) -> None:
-    """Nobody looks."""
 
 
 async def measure(stage: Stage, watcher: Watcher, result: Result) -> None:

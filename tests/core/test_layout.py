@@ -128,15 +128,6 @@ def test_what_is_no_safetensors_is_cut_every_eight_mebibytes(size: int, head: by
     assert list(found.starts) == list(range(0, size, CHUNK))
 
 
-@given(files, st.data())
-def test_covering_finds_the_chunks_of_any_range(file: Shaped, data: st.DataObject) -> None:
-    found = plan_from_head(file.size, file.head)
-    begin = data.draw(st.integers(0, file.size))
-    end = data.draw(st.integers(begin, file.size))
-    expected = [index for index, (at, length) in enumerate(found) if begin < end and at < end and at + length > begin]
-    assert list(found.covering(begin, end)) == expected
-
-
 def broken(file: Shaped, **changes: object) -> bytes:
     """The head of ``file`` with the first tensor's entry changed."""
     fields = json.loads(file.head[8:])

@@ -10,7 +10,6 @@ The plan depends on nothing but (size, header): every host computes the same one
 
 from __future__ import annotations
 
-import bisect
 import json
 import struct
 from collections.abc import Iterator, Sequence
@@ -79,12 +78,6 @@ class ChunkPlan:
         """The lengths of chunks [begin, end)."""
         ends = self.starts[begin + 1 : end + 1]
         return map(sub, [*ends, self.size], self.starts[begin:end])
-
-    def covering(self, begin: int, end: int) -> range:
-        """The chunks that hold any byte of [begin, end)."""
-        if begin >= end:
-            return range(0)
-        return range(bisect.bisect_right(self.starts, begin) - 1, bisect.bisect_left(self.starts, end))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return (self.span(index) for index in range(len(self.starts)))
