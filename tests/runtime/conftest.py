@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.files import Arriving
-from weightcache.runtime import loader
+from weightcache.runtime import loader, stream
 
 
 @pytest.fixture
@@ -17,7 +17,8 @@ def arriving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes
 
     def make(data: bytes) -> Arriving:
         opened = Arriving(tmp_path / "arriving.safetensors", data)
-        monkeypatch.setattr(loader, "open_source", lambda _: opened)
+        for module in (loader, stream):
+            monkeypatch.setattr(module, "open_source", lambda _: opened)
         return opened
 
     return make

@@ -97,3 +97,12 @@ class Small(Emulated):
 def readers() -> Iterable[threading.Thread]:
     """The threads of runs that are not over."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("reader ")]
+
+
+def over(device: object) -> None:
+    """A test is done with a device: nobody reads for it any more."""
+    if isinstance(device, Emulated):
+        device.close()
+    for reader in readers():  # one that waits for bytes leaves when it hears that there are none
+        reader.join(10)
+    assert not list(readers())

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,34 @@ class Arriving:
             self._error = error
             self.changed.notify_all()
 
+    def wake(self) -> None:
+        """Have ``until`` look again."""
+        with self.changed:
+            self.changed.notify_all()
+
     def until(self, true: Callable[[], object]) -> None:
         with self.changed:
             assert self.changed.wait_for(true, DEADLINE)
+
+
+class Background:
+    """A call on a thread, and what became of it. ``ended`` is told of its end."""
+
+    def __init__(self, call: Callable[[], Any], ended: Callable[[], object] = lambda: None) -> None:
+        self._future: Future[Any] = Future()
+        self._call = call
+        self._future.add_done_callback(lambda _: ended())
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._future.set_result(self._call())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            self._future.set_exception(error)
+
+    @property
+    def waits(self) -> bool:
+        return not self._future.done()
+
+    def get(self) -> Any:
+        return self._future.result(DEADLINE)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from tests.runtime.files import DEADLINE, Arriving, pack, raw
+from tests.runtime.files import Arriving, Background, pack, raw
 from weightcache.core.layout import parse_header, plan_from_head
 from weightcache.errors import LoadFailed, SourceError
 from weightcache.runtime import load_file, safe_open
@@ -29,35 +27,6 @@ for line in sys.stdin:
     os.pwrite(fd, data[begin:end], begin)
     print(line, end="", flush=True)
 """
-
-
-class Background:
-    """A call on a thread, and what became of it."""
-
-    def __init__(self, opened: Arriving, call: Callable[[], Any]) -> None:
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.done = False
-        self._opened = opened
-        self._call = call
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.result = self._call()
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-            self.error = error
-        with self._opened.changed:
-            self.done = True
-            self._opened.changed.notify_all()
-
-    def get(self) -> Any:
-        self._thread.join(DEADLINE)
-        assert self.done
-        if self.error:
-            raise self.error
-        return self.result
 
 
 def spans(data: bytes) -> tuple[int, dict[str, tuple[int, int]]]:
@@ -82,7 +51,7 @@ def test_a_tensor_comes_before_the_rest_of_the_file(arriving: Make, framework: s
         opened.land(at["b"][0] - 4096, at["c"][0] + 4096)
         assert raw(file.get_tensor("b")) == body(data, "b")
         assert raw(file.get_slice("b")[10:20]) == body(data, "b")[4000:8000]
-        waiting = Background(opened, lambda: file.get_tensor("c"))
+        waiting = Background(lambda: file.get_tensor("c"))
         opened.until(lambda: opened.blocked)
         opened.land(at["c"][0], len(data))
         assert raw(waiting.get()) == body(data, "c")
@@ -91,7 +60,7 @@ def test_a_tensor_comes_before_the_rest_of_the_file(arriving: Make, framework: s
 def test_opening_waits_for_the_header_and_no_more(arriving: Make) -> None:
     data = pack({"a": ("F32", [100, 100])}, {"key": "value"})
     opened = arriving(data)
-    opening = Background(opened, lambda: safe_open("any", "pt").metadata())
+    opening = Background(lambda: safe_open("any", "pt").metadata())
     opened.until(lambda: opened.blocked == (0, 8))
     opened.land(0, 8)
     opened.until(lambda: opened.blocked not in (None, (0, 8)))
@@ -116,8 +85,8 @@ def test_writing_to_a_tensor_never_freezes_the_bytes_its_neighbour_still_awaits(
         tensor[:] = 255
 
     opened.land(*at[first])
-    writing = Background(opened, write)
-    opened.until(lambda: writing.done or opened.blocked)
+    writing = Background(write, opened.wake)
+    opened.until(lambda: not writing.waits or opened.blocked)
     opened.land(*at[second])
     writing.get()
     assert raw(file.get_tensor(second)) == body(data, second)
@@ -143,7 +112,7 @@ def test_what_another_process_writes_chunk_by_chunk(arriving: Make, tmp_path: Pa
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdin
         assert writer.stdout
-        loading = Background(opened, lambda: load_file("any"))
+        loading = Background(lambda: load_file("any"))
         for offset, length in [chunks[0], *reversed(chunks[1:])]:
             writer.stdin.write(f"{offset} {offset + length}\n")
             writer.stdin.flush()
@@ -160,7 +129,7 @@ def test_what_safetensors_makes_itself_waits_for_the_whole_file(arriving: Make) 
     opened = arriving(data)
     opened.land(0, spans(data)[1]["b"][0])
     file = safe_open("any", "pt")
-    waiting = Background(opened, lambda: file.get_tensor("a"))
+    waiting = Background(lambda: file.get_tensor("a"))
     opened.until(lambda: opened.blocked == (0, len(data)))
     opened.land(0, len(data))
     assert raw(waiting.get()) == body(data, "a")
@@ -172,7 +141,7 @@ def test_a_load_that_fails_says_so_where_its_bytes_are_awaited(arriving: Make, b
     opened = arriving(data)
     opened.land(0, spans(data)[1]["b"][0] + 4096)
     file = safe_open("any", "pt", backend=backend)
-    waiting = Background(opened, lambda: file.get_tensor("b"))
+    waiting = Background(lambda: file.get_tensor("b"))
     opened.until(lambda: opened.blocked)
     opened.fail(LoadFailed("model.safetensors: no source is left for 3 chunks"))
     with pytest.raises(LoadFailed, match="no source is left"):

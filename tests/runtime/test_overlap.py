@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tests.runtime import pipelines
-from tests.runtime.files import DEADLINE
+from tests.runtime.files import DEADLINE, Background
 from tests.servers.loop import wait_until
 from weightcache.errors import LoadFailed
 from weightcache.openfile import OpenFile, OpenSnapshot, open_snapshot
@@ -84,34 +84,6 @@ def held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     monkeypatch.setattr(pipeline, "open_snapshot", lambda _: found)
     yield found
     found.close()
-
-
-class Background:
-    """A call on a thread."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self._call = call
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.result = self._call()
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-            self.error = error
-
-    @property
-    def waits(self) -> bool:
-        return self._thread.is_alive()
-
-    def get(self) -> Any:
-        self._thread.join(DEADLINE)
-        assert not self._thread.is_alive()
-        if self.error is not None:
-            raise self.error
-        return self.result
 
 
 TOKENS = torch.tensor([[52, 0, 1, 53]])

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tests.runtime.devices import Failing, Small, readers
+from tests.runtime.devices import Failing, Small, over, readers
 from tests.runtime.files import Arriving, pack, pack_raw
 from tests.runtime.test_arriving import spans
 from weightcache.core.layout import DTYPE_BITS
@@ -42,21 +42,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 def device(request: pytest.FixtureRequest) -> Iterator[str | Emulated]:
     made = "cpu" if request.param == "cpu" else Emulated(checked=True)
     yield made
-    if isinstance(made, Emulated):
-        made.close()
-    for reader in readers():  # one that waits for bytes leaves when it hears that there are none
-        reader.join(10)
-    assert not list(readers())
-
-
-@pytest.fixture
-def arriving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Arriving]:
-    def make(data: bytes) -> Arriving:
-        opened = Arriving(tmp_path / "arriving.safetensors", data)
-        monkeypatch.setattr(stream, "open_source", lambda _: opened)
-        return opened
-
-    return make
+    over(made)
 
 
 @pytest.mark.parametrize("pad", [1, 8])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runtime.devices import Careless, Early, Failing, readers
+from tests.runtime.devices import Careless, Early, Failing, over, readers
 from tests.runtime.files import Arriving
 from weightcache.errors import ConfigError, FormatError, LoadFailed
 from weightcache.runtime.device import Accelerator, Host, Target, target_of
@@ -35,11 +35,7 @@ DEVICES: dict[str, Callable[[], Target]] = {
 def device(request: pytest.FixtureRequest) -> Iterator[Target]:
     made = DEVICES[request.param]()
     yield made
-    if isinstance(made, Emulated):
-        made.close()
-    for reader in readers():  # one that waits for bytes leaves when it hears that there are none
-        reader.join(10)
-    assert not list(readers())
+    over(made)
 
 
 @pytest.fixture
