@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -72,8 +73,9 @@ class Child:
 
 async def end(process: asyncio.subprocess.Process) -> None:
     """Tell a process to end, and wait for it; kill one that does not."""
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)  # terminate() may reap one that has ended, which asyncio then misses
     try:
         await asyncio.wait_for(process.wait(), STOP_SECONDS)
     except TimeoutError:
