@@ -415,8 +415,10 @@ class Planner:
         others = (load.complete | load.holders[chunk]) & ~(1 << known.slot if known else 0)
         if able := others & self._peers.open:
             return self._peers.sample(able, length, self._random)  # even if HOST_BYTES are owed: by those who are late
-        ranged = load.origin is Reach.RANGED and not load.spent >> chunk & 1
-        return Via.ORIGIN if ranged and not others & self._peers.busy and self._origin_open(load, now) else None
+        usable = self._peers.open | self._peers.busy
+        if load.origin is not Reach.RANGED or others & usable or not self._origin_open(load, now):
+            return None
+        return Via.ORIGIN if load.turns.mine(1 << chunk & ~load.spent, 1 << chunk, usable, now) else None
 
     def _plan_wake(self, now: float) -> None:
         if not self._loads:
