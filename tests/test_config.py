@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightcache.address import parse_redis
-from weightcache.config import Config, OriginConfig, cluster_key, load_config, parse_address, settings, usual_processes
+from weightcache.config import Config, OriginConfig, cluster_key, load_config, parse_address, settings
 from weightcache.errors import ConfigError
 
 SECRET = "5f2c9a1e7b3d4c6f8a0b1c2d3e4f5a6b"
@@ -242,14 +242,6 @@ def test_where_chunks_come_from_is_a_list_however_it_is_given() -> None:
     for said in ("local,remote,origin", ["local", "remote", "origin"], ["local,remote", "origin"]):
         assert load_config({"prefer": said}, environ={}).prefer == ("local", "remote", "origin")
     assert load_config({"prefer": "local, origin"}, environ={}).prefer == ("local", "origin")
-
-
-@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (32, 8), (192, 8)])
-def test_a_machine_gets_processes_by_the_cores_it_may_use(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    assert usual_processes() == processes
 
 
 def test_every_interface_needs_a_host_to_advertise(tmp_path: Path) -> None:

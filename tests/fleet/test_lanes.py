@@ -13,8 +13,9 @@ import pytest
 
 from tests.fleet.daemons import Daemon, Json, from_peers, slowly, written
 from tests.fleet.weights import tensors
-from tests.servers.loop import free_ports, wait_until
+from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from weightcache.tools.local import free_ports
 
 MIB = 1 << 20
 TWO = "--bulk-processes=2"

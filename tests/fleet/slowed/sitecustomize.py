@@ -8,10 +8,10 @@ RATE = 100e6  # bytes/s
 _land = landing.land
 
 
-def land(fd, offset, data, expected, hasher=None, spent=None):  # type: ignore[no-untyped-def]
+def land(fd, offset, pieces, expected, hasher=None, spent=None):  # type: ignore[no-untyped-def]
     began = time.perf_counter()
-    landed = _land(fd, offset, data, expected, hasher, spent)
-    time.sleep(max(0.0, len(data) / RATE - (time.perf_counter() - began)))
+    landed = _land(fd, offset, pieces, expected, hasher, spent)
+    time.sleep(max(0.0, sum(map(len, pieces)) / RATE - (time.perf_counter() - began)))
     if spent is not None:
         spent.writing = time.perf_counter() - began - spent.hashing
     return landed
