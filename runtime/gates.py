@@ -9,12 +9,13 @@ module gets its class back, so that torch.compile and graphs see a plain one.
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
 import torch
 
-from weightcache.errors import WeightcacheError
+from weightcache.errors import LoadFailed, WeightcacheError
 
 _AT_ONCE = {"config", "training", "name_or_path"}
 _WEIGHTS = {"_parameters", "_buffers", "_modules", "__reduce_ex__", "__reduce__", "__deepcopy__", "__getstate__"}
@@ -26,6 +27,7 @@ class Gate:
     def __init__(self) -> None:
         self._passed = threading.Event()
         self._error: BaseException | None = None
+        self._pid = os.getpid()
 
     @property
     def shut(self) -> bool:
@@ -42,6 +44,8 @@ class Gate:
 
     def wait(self) -> None:
         """Return once it is open; raise what it failed with."""
+        if self.shut and os.getpid() != self._pid:  # nobody would ever open it here
+            raise LoadFailed("forked while weights were arriving: only the parent has them; wait(pipe) before the fork")
         self._passed.wait()
         if isinstance(self._error, WeightcacheError):
             raise type(self._error)(*self._error.args)  # of its own: several threads may raise it at once

@@ -38,6 +38,7 @@ class Ranges:
         self._changed = threading.Condition()
         self._error: WeightcacheError | None = None
         self._whole = size == 0
+        self._pid = os.getpid()
 
     def add(self, ranges: list[list[int]]) -> None:
         with self._changed:
@@ -72,6 +73,8 @@ class Ranges:
         """Return once [begin, end) is had; raise what the load failed with if it will not be."""
         if self._whole:
             return
+        if os.getpid() != self._pid:  # nobody would ever tell this one
+            raise DaemonError("forked while a file was arriving: only the parent hears of it; open it in the child")
         with self._changed:
             self._changed.wait_for(lambda: self._error is not None or self._covers(begin, end))
             if not self._covers(begin, end) and self._error is not None:

@@ -19,11 +19,12 @@ from tests.servers.proxy import Fault
 from tests.servers.s3 import S3Server
 
 WORKERS = 20
+UNET = "unet/diffusion_pytorch_model.safetensors"
 LOAD = """
 import os, signal, sys, threading, torch
 from concurrent.futures import ThreadPoolExecutor
 torch.set_num_threads(1)
-from weightcache.runtime import LoadReport, load_file, load_pipeline, stream_snapshot, wait
+from weightcache.runtime import LoadReport, load_file, load_pipeline, safe_open, stream_snapshot, wait
 from weightcache.runtime.emulated import Emulated
 
 def files(source):
@@ -167,3 +168,18 @@ def test_an_interpreter_ends_in_mid_load(
     more = worker.log.read_text().removeprefix(said)
     assert more.count("Traceback") == (1 if code == -signal.SIGINT else 0), more
     wait_until(lambda: not leases(host), 10, "all leases to end")
+
+
+def test_a_fork_in_mid_load_has_an_error_and_no_wait(
+    host: Daemon, worker: Worker, source: str, stalled: Fault, s3: S3Server
+) -> None:
+    """In the child nobody hears of bytes, whatever the parent hears."""
+    worker.run(f"pipe = load_pipeline({source!r}, overlap=True); late = safe_open({source + UNET!r}, 'pt')")
+    worker.run("ways = (lambda _: pipe.unet.state_dict(), lambda _: late.get_tensors())")
+    worker.run("", "begin(2, '')")
+    said = worker.run("", "collect()")
+    assert [answer.partition(":")[0] for answer in said] == ["LoadFailed", "DaemonError"]
+    assert all("forked while" in answer for answer in said)
+    s3.proxy.heal()
+    assert worker.run("", "digest(of(pipe)) == expected")
+    worker.run("del pipe, late, ways")

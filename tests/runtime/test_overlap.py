@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 import time
 import weakref
@@ -116,6 +117,10 @@ def test_the_prompt_is_encoded_while_the_denoiser_arrives(folder: Path, held: He
             assert not mine._forward_hooks
 
 
+def assert_plain(module: torch.nn.Module) -> None:
+    assert type(module) is pipelines.AutoencoderKL
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -129,7 +134,9 @@ def test_the_prompt_is_encoded_while_the_denoiser_arrives(folder: Path, held: He
         lambda vae: vae.half(),
         lambda vae: vae.decoder,
         lambda vae: vae._modules["decoder"],
-        lambda vae: copy.deepcopy(vae),
+        lambda vae: assert_plain(copy.deepcopy(vae)),
+        lambda vae: assert_plain(copy.copy(vae)),
+        lambda vae: assert_plain(pickle.loads(pickle.dumps(vae))),
         lambda vae: torch.nn.ModuleList([vae]).to(torch.float16),
         lambda vae: torch.compile(vae, backend="eager")(torch.zeros(1, 3, 8, 8)),
         lambda vae: vae.requires_grad_(False),
