@@ -1,5 +1,7 @@
 """ComfyUI, with models from the fleet. Untested with ComfyUI itself, which was not installed where this was written.
 
+Its source was read: how it takes an extra_model_paths.yaml apart, and what its own node calls to load a checkpoint.
+
 ComfyUI wants real paths, and weightcache has real files. Either tell it where they lie, before it starts:
 
     python with_comfyui.py checkpoints=hf://org/sdxl/sdxl.safetensors loras=s3://loras/ > extra_model_paths.yaml

@@ -1,8 +1,8 @@
 """vLLM, with weights from the fleet. Untested here: vLLM needs a GPU and was not installed where this was written.
 
-It is written against vLLM's interfaces as published (``vllm.general_plugins``, ``register_model_loader``,
-``BaseModelLoader.download_model`` and ``load_weights``). A plug-in is found by an entry point, in every process that
-vLLM starts. Put this file into a package of yours with
+It was compared with vLLM's source: the entry-point group ``vllm.general_plugins``, ``register_model_loader``, and the
+two abstract methods of ``BaseModelLoader`` (alike from 0.9.2 to 0.32), which itself makes the model and then calls
+``load_weights``. A plug-in is loaded in every process that vLLM starts. Put this file into a package of yours with
 
     [project.entry-points."vllm.general_plugins"]
     weightcache = "with_vllm:register"
@@ -13,8 +13,10 @@ takes the weights from the source itself, each tensor as soon as its bytes are h
     MODEL=$(python with_vllm.py s3://models/llama/)
     vllm serve "$MODEL" --load-format weightcache --model-loader-extra-config '{"source": "s3://models/llama/"}'
 
-Without the plug-in, ``vllm serve "$(weightcache pull SOURCE >/dev/null; weightcache path SOURCE)"`` does it with real
-files, after all of them have come.
+The source is that of one model: a draft model would get the same weights, and a model with weights in a second
+repository (its ``secondary_weights``) needs vLLM's own loader. Without the plug-in,
+``vllm serve "$(weightcache pull SOURCE >/dev/null; weightcache path SOURCE)"`` does it with real files, after all of
+them have come.
 """
 
 from __future__ import annotations
@@ -74,7 +76,11 @@ def register() -> None:
                 client.pull(self._source(model_config), allow=["*.safetensors", "*.json"])
 
         def load_weights(self, model: Any, model_config: Any) -> None:
-            model.load_weights(weights(self._source(model_config)))
+            wanted = {name for name, _ in model.named_parameters()}
+            loaded = model.load_weights(weights(self._source(model_config)))
+            # As vLLM's own loader does; a model that does not say what it has loaded returns None.
+            if model_config.quantization is None and loaded is not None and (missing := wanted - loaded):
+                raise ValueError(f"{self._source(model_config)}: it lacks {len(missing)} weights: {min(missing)}, ...")
 
 
 def main() -> None:
