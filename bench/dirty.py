@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bench import rounds
 from bench.daemon import MS, percentiles, probing
-from bench.hosts import MB, Host, connected_host, nginx, write_random
+from bench.hosts import MB, MEMORY, Host, connected_host, nginx, write_random
 from bench.rounds import timed
 from bench.run import Run
 from bench.table import Column, Row, Table, at_least, at_most
@@ -31,7 +31,6 @@ from weightcache.client import SyncClient
 from weightcache.config import Config
 from weightcache.store.files import start_flush
 
-MEMORY = Path("/dev/shm")
 VM = Path("/proc/sys/vm")
 LIMIT, TIMES = 1 << 30, 3  # bytes that may be dirty; a pull has so many times as many
 TURNS = 2

@@ -16,6 +16,7 @@ from weightcache.client import SyncClient
 from weightcache.config import Config
 
 MB = 1_000_000
+MEMORY = Path("/dev/shm")  # a tmpfs
 BLOCK = 8 << 20
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from bench import rivals, rounds
-from bench.hosts import MB, Host, holder, host, nginx, pulling, write_random
+from bench.hosts import MB, MEMORY, Host, holder, host, nginx, pulling, write_random
 from bench.limit import fastest, limit
 from bench.rounds import Contender, timed
 from bench.run import Run
@@ -57,11 +58,14 @@ def peer(run: Run) -> Table:
         source = server.url("blob")
         sending = enter(holder(Daemon(run.folder / "a"), [source]))
         receiving = enter(host(run.folder / "b", peers=[sending]))
+        memory = Path(enter(tempfile.TemporaryDirectory(prefix="bench-", dir=MEMORY)))
+        in_memory = enter(host(memory / "d", peers=[sending]))
         contenders = [
             enter(limit(path, run.folder, fastest(run))),
             enter(limit(path, run.folder, replace(fastest(run), xxh3=True), "limit, and xxh3")),
             pulling(OURS, source, size, receiving, [sending]),
             enter(first_pull(run.folder / "c", source, size, sending)),
+            pulling("weightcache, store on tmpfs", source, size, in_memory, [sending]),
             *rivals.web(source, run.folder, size, nginx_pids),
             enter(rivals.libtorrent(path, run.folder)),
         ]
