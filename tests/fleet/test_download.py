@@ -25,12 +25,12 @@ _numbers = count()
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """Weights that no other test has brought."""
-    root = tmp_path / "repository"
+    """Files that no other test has brought: not even their twins are here."""
+    root, number = tmp_path / "repository", next(_numbers)
     (root / "unet").mkdir(parents=True)
-    (root / "config.json").write_text('{"a": 1}')
-    (root / "unet" / "config.json").write_text('{"b": 2}')
-    (root / "unet" / "model.safetensors").write_bytes(tensors(1, BIG, seed=next(_numbers)))
+    (root / "config.json").write_text(f'{{"a": {number}}}')
+    (root / "unet" / "config.json").write_text(f'{{"b": {number}}}')
+    (root / "unet" / "model.safetensors").write_bytes(tensors(1, BIG, seed=number))
     (root / "unet" / "model.bin").write_bytes(os.urandom(1 << 20))
     return root
 
