@@ -182,8 +182,7 @@ def test_a_browser_sees_how_the_host_is(s3: S3Server, tmp_path: Path) -> None:
         other.meets(host)
         command = [sys.executable, "-m", "weightcache.tools", "pull", "s3://fleet/daemon/seen&.safetensors"]
         with subprocess.Popen(command, env=host.worker_env) as pull:  # which takes longer than we look
-            wait_until(lambda: "<progress" in get(port, "/")[1], 20, "the load to be shown")
-            code, text = get(port, "/")
+            code, text = wait_until(lambda: "/seen&amp;.safetensors" in (page := get(port, "/"))[1] and page, 60)
             pull.kill()
         assert code == 200
         assert "s3://fleet/daemon/seen&amp;.safetensors" in text
