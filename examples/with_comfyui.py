@@ -1,6 +1,6 @@
 """ComfyUI, with models from the fleet. Untested with ComfyUI itself, which was not installed where this was written.
 
-Its source was read: how it takes an extra_model_paths.yaml apart, and what its own node calls to load a checkpoint.
+Its source was read: how it takes an extra_model_paths.yaml apart, and what checkpoint nodes call to load a checkpoint.
 
 ComfyUI wants real paths, and weightcache has real files. Either tell it where they lie, before it starts:
 
