@@ -182,10 +182,6 @@ class Load(Holders):
             case PeerHas(chunks=ChunkSet() as chunks) if chunks.size == len(self.plan):
                 self.far.learn(slot, chunks)
 
-    def misses(self, chunks: Iterable[int]) -> bool:
-        """Whether any of these is neither had nor under way."""
-        return any(0 <= chunk < len(self.plan) and self.missing >> chunk & 1 for chunk in chunks)
-
     def demand(self, slot: int) -> int:
         """How much of what is missing a holder has: the more, the better is it spared."""
         return 1 + (self.missing & self.has.get(slot, self.missing)).bit_count()

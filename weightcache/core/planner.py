@@ -120,7 +120,6 @@ class Planner:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Apply one event at time ``now`` (seconds, monotonic) and return what to do about it."""
         self._out = []
-        news = True
         self._peers.rested(now)
         match event:
             case Got():
@@ -128,7 +127,7 @@ class Planner:
             case Failed():
                 self._failed(event, now)
             case PeerGot() | PeerHas() | PeerReads() | PeerQuits():
-                news = self._hear(event, now)
+                self._hear(event, now)
             case PeerMet():
                 self._peers.place(self._peers.meet(event.peer, now), remote=event.remote)
             case PeerLeft():
@@ -146,8 +145,7 @@ class Planner:
         self._pass_deadlines(now)
         self._hedge(now)
         beat = now >= self._beat
-        if news or beat or not self._requests or self._choice.again <= now:
-            self._dispatch(now, thorough=beat or not self._requests)
+        self._dispatch(now, thorough=beat or not self._requests)
         for load in list(self._loads.values()):
             if (beat or (load.spent and not load.flights)) and load.stuck(self._peers, self._congested, now):
                 self._give_up(load, *load.last_word(), now)
@@ -191,15 +189,12 @@ class Planner:
         for number in sorted({number for flights in load.flights.values() for number in flights}):
             self._cancel(number, load, now)
 
-    def _hear(self, event: OfPeer, now: float) -> bool:
-        """Whether it matters: who else has what is had here or under way does not."""
+    def _hear(self, event: OfPeer, now: float) -> None:
         load = self._loads.get(event.blob)
-        if load is None:
-            return False
-        slot = self._peers.meet(event.peer, now).slot
-        far = self._peers.remote >> slot & 1
-        self._outside.hear(load, slot, event) if far else load.hear(slot, event, now)
-        return not isinstance(event, PeerGot) or load.misses(event.chunks)
+        if load is not None:
+            slot = self._peers.meet(event.peer, now).slot
+            far = self._peers.remote >> slot & 1
+            self._outside.hear(load, slot, event) if far else load.hear(slot, event, now)
 
     def _peer_left(self, event: PeerLeft, now: float) -> None:
         peer = self._peers.get(event.peer)
