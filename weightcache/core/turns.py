@@ -138,8 +138,8 @@ class Turns:
         if own & unheld:
             self._idle = None
             return own
-        if self.waits and line & -line != self._head:
-            self._head, self._idle = line & -line, None  # it moves: nobody is missed
+        if self.waits and (room <= 0 or line & -line != self._head):
+            self._head, self._idle = line & -line, None  # it is full, or moves: nobody is missed
         if self._idle is None:
             self._idle, self._reach, self.look = now, 0, now + SETTLE
         elif now >= self.look:
