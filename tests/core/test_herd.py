@@ -86,6 +86,12 @@ def test_the_time_grows_slowly_with_the_fleet() -> None:
     assert over[-1] - over[0] <= 0.9, over
 
 
+def test_many_that_wait_for_one_do_not_read_what_it_has() -> None:
+    """The first chunks lie at the host that started first, and 31 others ask it for them."""
+    for seed in (1, 2):
+        assert play(Scenario(32, seed=seed))["egress"] <= 1.2, f"seed {seed}"
+
+
 def test_what_is_needed_first_comes_first() -> None:
     found = play(Scenario(8, 300_000_000, 2 << 20, components=4, spread=0.1))
     assert found["first_component_seconds"] <= 0.6 * BOUND
