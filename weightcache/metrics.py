@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
 from prometheus_client.registry import Collector
 
@@ -37,6 +37,10 @@ class _NodeCollector(Collector):
         yield CounterMetricFamily(
             "weightcache_source_failures", "Failures of peers and origins", value=node.transfers.failures
         )
+        yield SummaryMetricFamily(
+            "weightcache_load_seconds", "Loads done, and what they took", node.ended.done, node.ended.seconds
+        )
+        yield CounterMetricFamily("weightcache_failed_loads", "Loads that failed", value=node.ended.failed)
         yield GaugeMetricFamily("weightcache_loads", "Blobs on their way", value=len(node.transfers.all()))
         yield GaugeMetricFamily("weightcache_peers", "Peers connected", value=len(node.swarm.peers))
         if (registry := node.swarm.rolls.registry) is not None:
@@ -46,6 +50,9 @@ class _NodeCollector(Collector):
         yield GaugeMetricFamily("weightcache_store_used_bytes", "Bytes reserved by blobs", value=node.store.used)
         yield GaugeMetricFamily(
             "weightcache_store_free_bytes", "Bytes that blobs may still take", value=node.store.free
+        )
+        yield CounterMetricFamily(
+            "weightcache_evicted_bytes", "Bytes that evictions made free", value=node.store.evicted
         )
         states = GaugeMetricFamily("weightcache_blobs", "Blobs in the store", labels=["state"])
         infos = node.store.blobs()

@@ -164,7 +164,17 @@ def test_metrics_count_what_moves(s3: S3Server, tmp_path: Path) -> None:
         assert there["weightcache_peers",] == 1
         assert there["weightcache_source_failures_total",] == 0
         assert there["weightcache_store_used_bytes",] >= size
+        assert here["weightcache_load_seconds_count",] == 1
+        assert 0 < here["weightcache_load_seconds_sum",] < 60
+        assert (here["weightcache_failed_loads_total",], here["weightcache_evicted_bytes_total",]) == (0, 0)
         wait_until(lambda: metrics(one)["weightcache_sent_bytes_total",] == size, 10, "the sent bytes to be counted")
+
+        with pytest.raises(SourceNotFound):
+            second.pull("s3://fleet/daemon/none.safetensors")
+        assert second.evict(source) == size
+        later = metrics(two)
+        assert (later["weightcache_load_seconds_count",], later["weightcache_failed_loads_total",]) == (1, 1)
+        assert later["weightcache_evicted_bytes_total",] == size
 
         assert json.loads(get(one, "/healthz")[1]) == {"ok": True}
         shut = ["/v1/status", "/v1/peers", "/v1/ls", "/v1/load", "/v1/evict", "/v1/path", "/v1/pin", "/v1/verify"]

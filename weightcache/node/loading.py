@@ -30,7 +30,7 @@ from weightcache.errors import (
 )
 from weightcache.node.blobs import Blobs
 from weightcache.node.incoming import COMING, Incoming
-from weightcache.node.report import Report, Tally
+from weightcache.node.report import Ended, Report, Tally
 from weightcache.node.resolver import Resolver
 from weightcache.node.spans import joined
 from weightcache.node.trust import Trust
@@ -65,6 +65,7 @@ class Loading:
         blobs: Blobs,
         resolver: Resolver,
         trust: Trust,
+        ended: Ended,
         on_had: Had | None = None,
         *,
         revalidate: bool = False,
@@ -75,6 +76,7 @@ class Loading:
         self._blobs = blobs
         self._resolver = resolver
         self._trust = trust
+        self._ended = ended
         self._on_had = on_had
         self._revalidate = revalidate
         self._patterns = patterns
@@ -166,6 +168,10 @@ class Loading:
 
         ``single``: raise SourceError unless the source is one file. Raises SourceNotFound if no file of it is meant.
         """
+        with self._ended.failing():
+            return await self._opened(single)
+
+    async def _opened(self, single: bool) -> Snapshot:
         now = time.monotonic()
         snapshot = await self._resolver.resolve(self.source, self._tally, revalidate=self._revalidate)
         if single and not snapshot.single:
@@ -247,6 +253,13 @@ class Loading:
 
     async def finished(self) -> Report:
         """Wait for every byte, link the snapshot's directory, and report. The first failure ends the wait."""
+        with self._ended.failing():
+            report = await self._finished()
+        self._ended.done += 1
+        self._ended.seconds += report.seconds
+        return report
+
+    async def _finished(self) -> Report:
         assert self.snapshot is not None
         now = time.monotonic()
         coming = [file.coming.done for file in self.files if file.coming is not None]

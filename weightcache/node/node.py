@@ -31,7 +31,7 @@ from weightcache.node.manifests import Manifests
 from weightcache.node.processes import BulkProcess, pids, usual_processes
 from weightcache.node.publishing import Publisher
 from weightcache.node.receivers import Receivers
-from weightcache.node.report import Tally
+from weightcache.node.report import Ended, Tally
 from weightcache.node.resolver import Resolver
 from weightcache.node.serving import Serving
 from weightcache.node.swarm import Info, Peer, Place, State, Swarm
@@ -63,6 +63,7 @@ class Node:
         policy = Policy(config.origin.allow)
         self.store = await asyncio.to_thread(Store.open, config.store, config.capacity)
         self.started = time.time()
+        self.ended = Ended()
         self.trust = Trust(self._lied)
         self.swarm = Swarm(self.store.node_id, key, self, self.trust, remote="remote" in config.prefer)
         self._teacher = Teacher(self.store, self._registry)
@@ -230,8 +231,9 @@ class Node:
         """A load of ``source``, to be entered with ``async with``. Raises SourceError for what is no source."""
         asked = parse_source(source)
         return Loading(
-            asked, self.store, self.blobs, self.resolver, self.trust, on_had, revalidate=revalidate, patterns=patterns
-        )
+            asked, self.store, self.blobs, self.resolver, self.trust, self.ended, on_had,
+            revalidate=revalidate, patterns=patterns,
+        )  # fmt: skip
 
     async def known(self, source: Source) -> Snapshot:
         """The snapshot of a source that this host has loaded before, or part of it. Raises UnknownBlob."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +64,24 @@ class Tally:
             self.hashing - earlier.hashing,
             self.writing - earlier.writing,
         )
+
+
+@dataclass(slots=True)
+class Ended:
+    """The loads of a node that have ended, for its metrics. Whose client left before is in neither number."""
+
+    done: int = 0
+    failed: int = 0
+    seconds: float = 0.0  # that those took which are done
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """A step of a load, whose failure is the load's."""
+        try:
+            yield
+        except Exception:
+            self.failed += 1
+            raise
 
 
 @dataclass(slots=True)

@@ -44,6 +44,7 @@ class Evictor:
         self._index = index
         self._let_go = let_go
         self._gone = gone
+        self.freed = 0  # bytes, ever
 
     def choose(self, need: int) -> tuple[list[list[Entry]], Evicted]:
         """The files to remove for ``need`` bytes, and what that would free: less than asked when the rest must stay."""
@@ -87,6 +88,7 @@ class Evictor:
                     kept.append((entry.blob, reason))
             if reason is None:
                 self._clear(entry)
+        self.freed += freed
         return Evicted(freed, tuple(kept))
 
     def discard(self, entry: Entry) -> None:

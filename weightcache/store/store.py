@@ -448,6 +448,11 @@ class Store:
         return self._catalog.used
 
     @property
+    def evicted(self) -> int:
+        """Bytes that evictions have freed since the store was opened."""
+        return self._evictor.freed
+
+    @property
     def free(self) -> int:
         """Bytes that a new blob may take without an eviction."""
         free = self._files.available() - SLACK
