@@ -1,8 +1,9 @@
-"""A load whose blob is discarded under it: whole again by itself, or a clear end."""
+"""A load whose blob is discarded under it: whole again by itself, or a clear end; and how the host says it is."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -70,3 +71,9 @@ async def test_not_for_ever(node: Node, file: Path, monkeypatch: pytest.MonkeyPa
         await loading.opened()
         with pytest.raises(UnknownBlob):
             await loading.finished()
+
+
+async def test_a_clock_that_is_set_back_changes_no_uptime(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, now = node.status()["uptime_seconds"], time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 1e6)
+    assert 0 <= before <= node.status()["uptime_seconds"] < 600

@@ -62,7 +62,7 @@ class Node:
         key = cluster_key(config)
         policy = Policy(config.origin.allow)
         self.store = await asyncio.to_thread(Store.open, config.store, config.capacity)
-        self.started = time.time()
+        self._began = time.monotonic()
         self.ended = Ended()
         self.trust = Trust(self._lied)
         self.swarm = Swarm(self.store.node_id, key, self, self.trust, remote="remote" in config.prefer)
@@ -322,7 +322,7 @@ class Node:
             "listen": str(self.address) if self._serve else None,
             "store": str(self.config.store),
             "socket": str(self.config.socket_path),
-            "uptime_seconds": round(time.time() - self.started, 3),
+            "uptime_seconds": round(time.monotonic() - self._began, 3),
             "blobs": {"complete": complete, "partial": len(blobs) - complete},
             "bytes": {"used": self.store.used, "capacity": self.store.capacity, "free": self.store.free},
             "loads": [
