@@ -36,15 +36,17 @@ def main() -> int:
         if given.source is None:
             return 0
     try:
+        if given.trace:
+            open(given.trace, "a").close()  # rather than after minutes
         stream = stream_snapshot(given.source, device=given.device, dtype=given.dtype)
         for _ in stream:
             pass
+        print(stream.report)
+        if given.trace:
+            stream.report.trace(given.trace)
     except (WeightcacheError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, WeightcacheError) else 1
-    print(stream.report)
-    if given.trace:
-        stream.report.trace(given.trace)
     return 0
 
 

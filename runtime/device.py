@@ -212,7 +212,12 @@ def target_of(device: DeviceName | Target) -> Target:
     """The entry for a device as torch names it; an entry is its own. ConfigError: this torch has no such device."""
     if not isinstance(device, str | int | torch.device | None):
         return device
-    name = torch.device("cpu") if device is None else torch.device(device)
+    try:
+        name = torch.device("cpu") if device is None else torch.device(device)
+    except RuntimeError:
+        raise ConfigError(
+            f"device {device!r}: torch knows none of that name; cpu or cuda:0, say, is expected"
+        ) from None
     if name.type == "cpu":
         return Host()
     current = torch.accelerator.current_accelerator()

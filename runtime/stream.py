@@ -222,6 +222,8 @@ def _chosen(header: Header, names: Iterable[str] | None) -> Sequence[Tensor]:
 def _files(snapshot: OpenSnapshot, files: str | Sequence[str] | None) -> list[OpenFile]:
     weights = [file for file in snapshot.files if file.name.endswith(".safetensors")]
     if files is None:
+        if not weights:
+            raise FileNotFoundError(f"{snapshot.directory}: no safetensors file in it")
         return sorted(weights, key=lambda file: (rank(file.name, file.size), file.name))
     chosen: dict[str, OpenFile] = {}
     for pattern in [files] if isinstance(files, str) else files:

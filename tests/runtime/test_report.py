@@ -165,5 +165,15 @@ def test_the_command_line(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"{path} -> cpu: 40 tensors, 40.0 MB" in done.stdout
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    bad = subprocess.run([*command[:3], str(tmp_path / "nothing")], capture_output=True, text=True, check=False)
-    assert (bad.returncode, bad.stderr) == (1, f"error: No such file or directory: {tmp_path}/nothing\n")
+    (tmp_path / "none").mkdir()
+    for wrong, code, said in (
+        (["nothing"], 1, "No such file or directory: nothing"),
+        (["none"], 1, "none: no safetensors file in it"),
+        ([path.name, "--device=foo"], 2, "device 'foo'"),
+        ([path.name, "--trace=none/no/t.json"], 1, "'none/no/t.json'"),
+    ):
+        bad = subprocess.run([*command[:3], *wrong], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert (bad.returncode, bad.stdout) == (code, "")
+        (line,) = bad.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert said in line

@@ -288,6 +288,8 @@ def test_a_device_that_is_not_here_is_a_clear_error() -> None:
     if torch.accelerator.current_accelerator() is None:
         with pytest.raises(ConfigError, match="'cuda:1': it is not an accelerator of this torch; there is none here"):
             target_of("cuda:1")
+    with pytest.raises(ConfigError, match="'foo'"):
+        target_of("foo")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
