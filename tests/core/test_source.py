@@ -71,6 +71,12 @@ def test_what_names_no_place_is_refused(text: str) -> None:
         parse_source(text)
 
 
+@pytest.mark.parametrize("text", ["s3://x", "az://c/k", f"gs://{'b' * 256}/k"])
+def test_how_long_a_buckets_name_is(text: str) -> None:
+    with pytest.raises(SourceError, match="2 to 255"):
+        parse_source(text)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -114,7 +114,9 @@ def _parse(text: str) -> Source:
     else:
         authority, _, path = rest.partition("/")
         if not _BUCKET.match(authority):
-            raise SourceError(f"{_shown(text)}: a bucket's name is expected after ://")
+            raise SourceError(
+                f"{_shown(text)}: a bucket's name of 2 to 255 letters, digits, '.', '_' or '-' is expected"
+            )
     return Source(scheme, authority, _clean(text, unquote(path)), query=query)
 
 
