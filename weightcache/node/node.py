@@ -274,7 +274,8 @@ class Node:
         missing = sum(not self._is_complete(entry) for entry in snapshot.files)
         if missing:
             name = snapshot.source.public
-            raise UnknownBlob(f"{name}: {missing} of its files are not complete; finish with: weightcache pull {name}")
+            count = len(snapshot.files)
+            raise UnknownBlob(f"{name}: {missing} of {count} files not complete; finish with: weightcache pull {name}")
         directory = await asyncio.to_thread(
             self.store.materialise, snapshot, whole=len(snapshot.files) == len(known.files)
         )
