@@ -112,6 +112,11 @@ class Turns:
         self._idle, self.waits = None, False
 
     @property
+    def members(self) -> int:
+        """How many load the blob, this host among them."""
+        return len(self._crowd)
+
+    @property
     def shared(self) -> bool:
         """Whether others may read for this host."""
         return len(self._crowd) - len(self._absent) > 1
