@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ import uvloop
 
 from weightcache.core.wire import Kind, Link, Port, Role
 from weightcache.errors import AuthError, DaemonError, LoadFailed, ProtocolError, WeightcacheError
+from weightcache.log import JsonLines
 from weightcache.net import control, frame_stream, handshake
 from weightcache.net.control import ControlConnection, ControlServer, connect
 from weightcache.net.frame_stream import PeerUnreachable
@@ -197,16 +199,27 @@ def test_a_silent_peer_is_pinged_and_then_given_up(run: Callable[[Main], None]) 
 
 
 @pytest.mark.parametrize("theirs", [b"another", None])
-def test_who_does_not_know_the_key_is_told_nothing(run: Callable[[Main], None], theirs: bytes | None) -> None:
+def test_who_does_not_know_the_key_is_told_nothing_and_the_log_names_it_once(
+    run: Callable[[Main], None], theirs: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         server = ControlServer("127.0.0.1", 0, KEY, BERT, lambda: b"", echo)
         port = await server.start()
-        with pytest.raises(AuthError, match="cluster key"):
-            await connect("127.0.0.1", port, theirs, ANNE, lambda: b"", echo)
+        for _ in range(2):
+            with pytest.raises(AuthError, match="cluster key"):
+                await connect("127.0.0.1", port, theirs, ANNE, lambda: b"", echo)
+        with pytest.raises(ItselfError):
+            await connect("127.0.0.1", port, KEY, BERT, lambda: b"", echo)
+        _, prober = await asyncio.open_connection("127.0.0.1", port)
+        prober.close()
         assert server.connections == set()
         await server.close()
 
     run(main)
+    (line,) = caplog.records
+    told = json.loads(JsonLines().format(line))
+    assert (told["level"], told["event"], told["peer"]) == ("warning", "peer refused", "127.0.0.1")
+    assert "cluster key" in told["why"]
 
 
 def test_who_cannot_be_talked_to_is_a_clear_error(run: Callable[[Main], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 from weightcache.core.ids import short
 from weightcache.core.wire import CONTROL_LIMIT, Frame, Kind, Link, Port, Role
 from weightcache.errors import ProtocolError, WeightcacheError, from_wire, to_wire
+from weightcache.log import fields
 from weightcache.net.frame_stream import FrameStream, PeerUnreachable, Unproven
-from weightcache.net.handshake import DEADLINE, Handshake
+from weightcache.net.handshake import DEADLINE, Handshake, ItselfError
 from weightcache.net.sockets import listen
 
 MAX_CALLS = 256  # in flight on one connection, each way
@@ -29,6 +30,7 @@ MAX_NOTICES = 256  # waiting for the handler
 MAX_CONNECTIONS = 4096
 MAX_PENDING = 64  # connections that have not proved the key
 CALL_SECONDS = 30.0
+MAX_TOLD = 1024  # addresses of which the log says that they were refused
 KEEPALIVE = 5.0  # seconds of silence before a ping; dead after three times that
 _CLOSE_SECONDS = 1.0  # for a peer to take what was sent before the connection is cut
 _MAX_MESSAGE = 2000  # characters of an error that is sent
@@ -55,6 +57,7 @@ class ControlConnection:
         handshake: float = DEADLINE,
         keepalive: float = KEEPALIVE,
         on_open: Callable[[ControlConnection], None] = lambda connection: None,
+        on_refused: Callable[[ControlConnection, WeightcacheError], None] = lambda connection, error: None,
         unproven: Unproven | None = None,
     ) -> None:
         link = Link(role, Port.CONTROL, limit)
@@ -65,6 +68,7 @@ class ControlConnection:
         self.dialled = role is Role.CLIENT
         self._handler = handler
         self._announce = on_open
+        self._refused = on_refused
         self._closed: asyncio.Future[WeightcacheError | None] = asyncio.get_running_loop().create_future()
         self._on_close: list[Callable[[], None]] = []
         self._last = 0  # number of the latest call
@@ -160,6 +164,8 @@ class ControlConnection:
 
     def on_lost(self, error: WeightcacheError | None) -> None:
         self._closed.set_result(error)
+        if error is not None and not self._handshake.done:
+            self._refused(self, error)
         for callback in self._on_close:
             callback()
         for task in (*self._serving, self._noticing):
@@ -269,11 +275,13 @@ class ControlServer:
         self._unproven = Unproven(MAX_PENDING)
         self._connection = functools.partial(
             ControlConnection, Role.SERVER, key, node_id, introduce, handler,
-            limit=limit, handshake=handshake, keepalive=keepalive, on_open=self._opened, unproven=self._unproven,
+            limit=limit, handshake=handshake, keepalive=keepalive, on_open=self._opened,
+            on_refused=self._refuse, unproven=self._unproven,
         )  # fmt: skip
         self._sock: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self.connections: set[ControlConnection] = set()
+        self._refused: set[str] = set()  # addresses that were told of
 
     def bind(self) -> int:
         """Take the address; returns the port. Who connects waits for ``start``. Raises DaemonError when it cannot be
@@ -298,6 +306,13 @@ class ControlServer:
             self._sock.close()
         self._unproven.close()
         await asyncio.gather(*(connection.close() for connection in self.connections))
+
+    def _refuse(self, connection: ControlConnection, error: WeightcacheError) -> None:
+        """Say so, once of an address: who is refused comes again and again."""
+        host = connection.remote_host
+        if not isinstance(error, ItselfError) and host not in self._refused and len(self._refused) < MAX_TOLD:
+            self._refused.add(host)
+            _log.warning("peer refused", extra=fields(peer=host, why=str(error)))
 
     def _opened(self, connection: ControlConnection) -> None:
         if len(self.connections) >= MAX_CONNECTIONS:

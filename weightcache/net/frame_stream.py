@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Protocol, cast
 
-from weightcache.core.wire import Frame, Kind, Link
+from weightcache.core.wire import Frame, Kind, Link, Role
 from weightcache.errors import AuthError, ProtocolError, WeightcacheError
 from weightcache.net.handshake import UNANSWERED, Handshake
 
@@ -71,14 +71,11 @@ class FrameStream(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle
         self._error: WeightcacheError | None = None
+        self.remote_host = ""  # the IP address at the other end
         self._silent = 0
         self._reading = True
         self._writable = asyncio.Event()
         self._writable.set()
-
-    @property
-    def remote_host(self) -> str:
-        return str(self._transport.get_extra_info("peername")[0])
 
     def send(self, kind: Kind, *fields: Any) -> None:
         """Send a frame, unless the connection is closing. Raises ProtocolError if it is too large.
@@ -124,6 +121,7 @@ class FrameStream(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self.remote_host = str((transport.get_extra_info("peername") or ("gone",))[0])
         self._timer = self._loop.call_later(self._deadline, self._on_deadline)
         self._unproven.add(self)
         self._transport.write(self.handshake.start())
@@ -137,7 +135,7 @@ class FrameStream(asyncio.BufferedProtocol):
         self._read_frames()
 
     def eof_received(self) -> bool:
-        if not self.handshake.done:
+        if not self.handshake.done and self._link.role is Role.CLIENT:
             self._error = self._error or AuthError(UNANSWERED)
         return False
 
