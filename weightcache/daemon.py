@@ -39,6 +39,7 @@ from weightcache.errors import (
     to_wire,
 )
 from weightcache.log import fields
+from weightcache.net.sockets import reason
 from weightcache.node.loading import Loading
 from weightcache.node.node import Node
 from weightcache.node.report import Report
@@ -400,11 +401,7 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DaemonError(f"socket {path}: {_reason(error)}; choose another --socket") from None
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise DaemonError(f"socket {path}: {reason(error)}; choose another --socket") from None
 
 
 def _clear(path: Path) -> None:
@@ -453,7 +450,7 @@ async def _monitoring(node: Node, where: str) -> AsyncIterator[None]:
         try:
             await web.TCPSite(runner, address.host, address.port).start()
         except OSError as error:
-            raise DaemonError(f"metrics: cannot listen on {address}: {_reason(error)}; choose another") from None
+            raise DaemonError(f"metrics: cannot listen on {address}: {reason(error)}; choose another") from None
         yield
     finally:
         await runner.cleanup()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -244,7 +245,7 @@ def test_who_cannot_be_talked_to_is_a_clear_error(run: Callable[[Main], None], m
             with pytest.raises(ProtocolError, match=r"peer speaks protocol 1 .* upgrade"):
                 await connect("127.0.0.1", port, KEY, ANNE, lambda: b"", echo)
         await server.close()
-        with pytest.raises(PeerUnreachable, match=f"127.0.0.1 port {port}"):
+        with pytest.raises(PeerUnreachable, match=f"127.0.0.1 port {port}: {os.strerror(errno.ECONNREFUSED)}$"):
             await connect("127.0.0.1", port, KEY, ANNE, lambda: b"", echo)
 
     run(main)

@@ -23,7 +23,7 @@ from weightcache.errors import ProtocolError, WeightcacheError, from_wire, to_wi
 from weightcache.log import fields
 from weightcache.net.frame_stream import FrameStream, PeerUnreachable, Unproven
 from weightcache.net.handshake import DEADLINE, Handshake, ItselfError
-from weightcache.net.sockets import listen
+from weightcache.net.sockets import listen, reason
 
 MAX_CALLS = 256  # in flight on one connection, each way
 MAX_NOTICES = 256  # waiting for the handler
@@ -238,7 +238,7 @@ async def connect(
     except TimeoutError:
         raise PeerUnreachable(f"{host} port {port}: no connection within {handshake:g} s") from None
     except OSError as error:
-        raise PeerUnreachable(f"{host} port {port}: {error.strerror or error}") from None
+        raise PeerUnreachable(f"{host} port {port}: {reason(error)}") from None
     closed = asyncio.ensure_future(connection.closed())
     try:
         await asyncio.wait((opened, closed), return_when=asyncio.FIRST_COMPLETED)

@@ -23,10 +23,14 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise DaemonError(f"port {port} on {host} is in use: stop who has it, or choose another") from None
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise DaemonError(f"cannot listen on {host}:{port}: {reason}; name an address of this host") from None
+        raise DaemonError(f"cannot listen on {host}:{port}: {reason(error)}; name an address of this host") from None
     sock.setblocking(False)
     return sock
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, in its own words: event loops add theirs."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
 
 def tune(sock: socket.socket) -> None:
