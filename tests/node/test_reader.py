@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
 import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from hypothesis import strategies as st
 
 from weightcache.core.ids import check, chunk_id
 from weightcache.core.landing import ChunkMismatch, land
-from weightcache.node.reader import _cut
+from weightcache.net.node_channel import NodeChannel
+from weightcache.node.reader import Reader, _cut
 
 DATA = random.Random(3).randbytes(3_000_000)
 
@@ -39,3 +43,26 @@ def test_nothing_is_written_of_a_chunk_whose_last_piece_is_wrong(tmp_path: Path)
         with pytest.raises(ChunkMismatch):
             land(file.fileno(), 0, [DATA[:2_000_000], DATA[:1_000_000]], chunk_id(DATA))
         assert not os.fstat(file.fileno()).st_size
+
+
+async def test_what_is_cancelled_before_it_begins_is_closed() -> None:
+    """Else Python itself says on stderr, in the middle of the log, that it was never awaited."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reader = Reader(NodeChannel(theirs))
+
+    async def read() -> None:
+        raise AssertionError("it was cancelled")
+
+    async def resolve() -> bytes:
+        raise AssertionError("it was cancelled")
+
+    reading, resolving = read(), resolve()
+    reader._start(1, reading)
+    reader._call(2, resolving)
+    tasks = [*reader._tasks.values(), *reader._calls]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert [inspect.getcoroutinestate(work) for work in (reading, resolving)] == [inspect.CORO_CLOSED] * 2
+    ours.close()
+    theirs.close()

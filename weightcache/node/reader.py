@@ -136,6 +136,7 @@ class Reader:
         task = asyncio.ensure_future(answer())
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
+        task.add_done_callback(lambda _: work.close())  # it may have been cancelled before its first step
 
     async def _resolve(self, source: str) -> bytes:
         assert self._origins is not None
@@ -180,7 +181,8 @@ class Reader:
                 if not self._tasks:
                     asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
 
-        self._tasks[request] = asyncio.ensure_future(run())
+        self._tasks[request] = task = asyncio.ensure_future(run())
+        task.add_done_callback(lambda _: work.close())
 
     def _rest(self) -> None:
         """Give back what reads need, when there have been none for a while."""
