@@ -132,7 +132,7 @@ def parse_rate(text: str) -> float:
     match = _RATE.fullmatch(text.strip())
     rate = float(match[1]) * 1000 ** _POWERS[match[2].lower()] if match else 0.0
     if rate < 1e5:
-        raise ConfigError(f"link {text!r}: a rate of 100kbit or more is expected, such as 400mbit or 2gbit")
+        raise ConfigError(f"{text!r}: a rate of 100kbit or more is expected, such as 400mbit or 2gbit")
     return rate
 
 

@@ -44,9 +44,10 @@ def simulate(
     weightcache simulate --hosts 100 --size 2GB --link 100gbit --origin 40gbit --churn 0.01 --stragglers 0.02
     """
     from weightcache.tools import simulate as simulation
+    from weightcache.tools.coldstart_settings import parse_rate
 
     scenario = simulation.Scenario(
-        hosts, size, chunk, simulation.parse_rate(link), simulation.parse_rate(origin), latency, spread, warm, churn,
+        hosts, size, chunk, parse_rate(link) / 8, parse_rate(origin) / 8, latency, spread, warm, churn,
         stragglers, slow, liars, disagree, components, streamed, seed,
     )  # fmt: skip
     found = simulation.watched(scenario)

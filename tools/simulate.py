@@ -26,8 +26,6 @@ Json = dict[str, Any]
 
 MOST_CHUNKS = 100_000
 PROGRESS_SECONDS = 0.5
-_BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_BYTES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +72,6 @@ class Scenario:
     def bound(self) -> float:
         """No way of sending ends sooner than in so many seconds."""
         return self.size / (self.link if self.warm else min(self.link, self.origin))
-
-
-def parse_rate(text: str) -> float:
-    """Bytes/s from a rate: 100gbit, 400mbit (bits), 2GB (bytes). Raises ConfigError."""
-    lower = text.strip().lower().removesuffix("/s")
-    for unit, factor in {**_BITS, **_BYTES}.items():
-        if lower.endswith(unit):
-            try:
-                value = float(lower.removesuffix(unit)) * factor / (8 if unit in _BITS else 1)
-            except ValueError:
-                break
-            if math.isfinite(value) and value > 0:
-                return value
-    raise ConfigError(f"{text!r} is no rate; write 400mbit, 100gbit or 2GB")
 
 
 def parts(scenario: Scenario) -> list[Blob]:

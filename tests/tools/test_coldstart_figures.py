@@ -181,7 +181,7 @@ def test_what_makes_no_sense_is_refused(settings: Settings, word: str) -> None:
 
 
 def test_rates_and_kills_are_read_and_told() -> None:
-    assert [parse_rate(text) for text in ("2gbit", "400 Mbit/s", "100kbit")] == [2e9, 4e8, 1e5]
+    assert [parse_rate(text) for text in ("2gbit", "400 Mbit/s", "100kbit", "1.5Gbit")] == [2e9, 4e8, 1e5, 1.5e9]
     assert [rate_text(rate) for rate in (2.5e9, 4e8, 1e5, None)] == [
         "2.5 Gbit/s", "400 Mbit/s", "100 kbit/s", "not limited",
     ]  # fmt: skip

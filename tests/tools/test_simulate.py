@@ -13,7 +13,7 @@ from tests.tools.conftest import Cli, answer
 from weightcache.errors import ConfigError, WeightcacheError
 from weightcache.tools import sim_fleet
 from weightcache.tools.sim_network import Clock, Flow, Network, Port
-from weightcache.tools.simulate import Scenario, parse_rate, watched
+from weightcache.tools.simulate import Scenario, watched
 
 
 def test_it_prints_how_far_from_the_bound_a_fleet_ends(cli: Cli) -> None:
@@ -34,7 +34,7 @@ def test_it_prints_how_far_from_the_bound_a_fleet_ends(cli: Cli) -> None:
     ("options", "named"),
     [
         (("--hosts", "0"), "--hosts"),
-        (("--link", "3"), "'3' is no rate"),
+        (("--link", "3"), "'3': a rate of"),
         (("--churn", "4"), "--churn"),
         (("--warm", "8"), "--warm"),
         (("--chunk", "1B"), "--chunk"),
@@ -55,13 +55,6 @@ def test_a_broken_invariant_fails_and_names_the_seed(monkeypatch: pytest.MonkeyP
     with pytest.raises(WeightcacheError, match=r"for ever.*--seed 3") as raised:
         watched(Scenario(size=10_000_000, seed=3))
     assert raised.value.exit_code != 0
-
-
-@pytest.mark.parametrize(
-    ("text", "rate"), [("400mbit", 50e6), ("100gbit/s", 12.5e9), ("2GB", 2e9), ("1.5 Gbit", 187.5e6)]
-)
-def test_rates(text: str, rate: float) -> None:
-    assert parse_rate(text) == pytest.approx(rate)
 
 
 @settings(max_examples=60, deadline=None)
