@@ -310,8 +310,8 @@ class Planner:
             peer = self._peers[where]
             if peer.failures:
                 self._late.append(number)  # it has yet to prove itself: nothing waits for that
-            new = load.complete >> peer.slot & 1 and peer.delivered == -NEVER
-            asking = load.turns.members if new else 1  # all members ask whoever has all, at once
+            new = load.complete and peer.delivered == -NEVER
+            asking = load.turns.members if new else 1  # where somebody has all, the whole swarm asks at once
             soft = min(LONGEST_SOFT, SOFT_DEADLINE + 4 * asking * self._peers.expected(peer))
             heapq.heappush(self._deadlines, (now + soft, number, False))
             heapq.heappush(self._deadlines, (now + HARD_FACTOR * soft, number, True))
