@@ -59,12 +59,15 @@ class Host:
     async def pull(self, source: str, hear: Callable[[Json], None]) -> Json:
         if self._client is not None:
             return await self._client.pull(source, hear)
+        report: Json | None = None  # the answer is read to its end, or its process would outlive the loop
         async for event in self._say("pull", "--json", "--events", source):
             if "event" in event:
                 hear(event)
             else:
                 hear({"event": "done", "report": event})
-                return event
+                report = event
+        if report is not None:
+            return report
         raise DaemonError(f"{self.name}: pull ended without a report")
 
     async def close(self) -> None:
