@@ -35,9 +35,9 @@ def simulate(
 ) -> None:
     """Play a fleet that loads at once, in virtual time.
 
-    The planner is the one that ships; network, origin and clock are simulated, everybody talks to everybody. Prints
-    how far from the bound max(size / origin, size / link) the hosts end, and what the origin sent. Hosts that crawl or
-    lie are not counted. Exits 1 when an invariant breaks.
+    The planner is the one that ships; network, origin and clock are simulated. Prints how far from the bound
+    max(size / origin, size / link) the hosts end, and what the origin sent. Hosts that crawl or lie are not counted.
+    Exits 1 when an invariant breaks.
 
     \b
     weightcache simulate --hosts 8 --size 300MB --link 400mbit --origin 400mbit

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
 
 from tests.fleet.daemons import Daemon
 from tests.fleet.workers import CROWD, Worker
@@ -67,13 +65,7 @@ def leave(source, last):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline whose denoiser takes several reads."""
-    found = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    parts = pipelines.sd_parts(found / "vocabulary") | {"safety_checker": None, "feature_extractor": None}
-    parts["unet"] = pipelines.unet(block_out_channels=(96, 192))
-    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(found / "model")
-    return found / "model"
+    return pipelines.saved_large_sd(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

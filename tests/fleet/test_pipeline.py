@@ -19,7 +19,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -42,14 +42,7 @@ CHANGED = "mid_block.resnets.0.conv1.weight"  # 1.3 MB: it has a chunk of its ow
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline whose denoiser is of some size."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    parts = pipelines.sd_parts(folder / "vocabulary") | {"safety_checker": None, "feature_extractor": None}
-    parts["unet"] = pipelines.unet(block_out_channels=(96, 192))
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipe.save_pretrained(folder / "model", max_shard_size="1GB")
-    return folder / "model"
+    return pipelines.saved_large_sd(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

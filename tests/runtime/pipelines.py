@@ -142,6 +142,15 @@ def sd(folder: Path) -> Any:
     return StableDiffusionPipeline(**sd_parts(folder))
 
 
+def saved_large_sd(folder: Path) -> Path:
+    """The directory of a saved one whose denoiser takes several reads."""
+    torch.manual_seed(0)
+    parts = sd_parts(folder / "vocabulary") | {"safety_checker": None, "feature_extractor": None}
+    parts["unet"] = unet(block_out_channels=(96, 192))
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder / "model")
+    return folder / "model"
+
+
 def controlnet(folder: Path) -> Any:
     parts = sd_parts(folder) | {"safety_checker": None, "feature_extractor": None}
     control = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(16, 32))

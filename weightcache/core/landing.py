@@ -39,8 +39,7 @@ def land(
     """Hash a chunk, compare it with the chunk id ``expected`` (b"": nobody knows it yet), write it at ``offset``.
 
     ``pieces``: its bytes, wherever they lie. ``hasher`` has been fed them already, as they came (while they were in the
-    CPU's cache).
-    ``spent`` is told what this took.
+    CPU's cache). ``spent`` is told what this took.
     Returns (chunk id, xxh3-128). Raises ChunkMismatch before anything is written, OSError when the disk refuses.
     """
     began = perf_counter()
