@@ -21,12 +21,13 @@ BLOCK = 8 << 20
 
 
 def write_random(path: Path, size: int) -> Path:
-    """A file whose chunks all differ."""
+    """A file of which no chunk occurs twice: nothing of it is copied from what is there already."""
     draw = random.Random(size)
     block = bytearray(draw.randbytes(min(size, BLOCK)))
     with open(path, "wb") as file:
         for number, left in enumerate(range(size, 0, -BLOCK)):
-            block[:8] = number.to_bytes(8, "little")
+            for at in range(0, len(block), 1 << 16):
+                block[at : at + 8] = number.to_bytes(8, "little")
             file.write(block[:left])
     return path
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from weightcache.core.bits import between
 from weightcache.core.events import Peer
 from weightcache.core.layout import ChunkPlan
 from weightcache.core.neighbours import Crowd
@@ -59,7 +60,7 @@ class Roll(Crowd):
         for part, chunks in enumerate(some):
             if room <= 0:
                 break
-            if chunks & ~self.reads.under_way:
+            if between(chunks) & ~self.reads.under_way:
                 room -= 1
                 if (home := self.homes(len(some)).home(part)) is not None:
                     yield home

@@ -9,6 +9,7 @@ import pytest
 from tests.core.virtual import MIB, World
 from weightcache.core.events import Done, GiveUp, PeerMet, Reach
 from weightcache.core.layout import CHUNK, ChunkPlan
+from weightcache.core.turns import ORIGIN_READ
 from weightcache.tools.sim_fleet import Blob, Fleet
 
 ORIGIN_FIRST = ("local", "origin", "remote")
@@ -29,7 +30,7 @@ def test_whom_a_lone_host_asks_is_policy(prefer: tuple[str, ...]) -> None:
     assert isinstance(wanted.end, Done)
     if prefer == REMOTE_FIRST:
         assert len(world.origin.reads) == reads
-        assert len(world.asked_of(far)) == 50 - reads
+        assert len(world.asked_of(far)) == 50 - reads * (ORIGIN_READ // CHUNK)
     else:
         assert not world.asked_of(far)
 

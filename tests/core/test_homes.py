@@ -106,7 +106,7 @@ def test_one_more_among_a_thousand_costs_little() -> None:
 def test_a_part_is_what_one_read_brings(lengths: list[int]) -> None:
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     found = parts(ChunkPlan(sum(lengths), starts))
-    chunks = [list(members(part)) for part in found]
+    chunks = [list(part) for part in found]
     assert [chunk for part in chunks for chunk in part] == list(range(len(lengths)))
     assert all(sum(lengths[chunk] for chunk in part) <= rules.ORIGIN_READ for part in chunks)
     assert all(sum(lengths[c] for c in a) + lengths[b[0]] > rules.ORIGIN_READ for a, b in pairwise(chunks))
@@ -130,8 +130,8 @@ def test_what_homes_never_bring_is_read_all_the_same(reach: Reach) -> None:
 
 def test_a_large_swarm_reads_in_order_and_not_all_at_once() -> None:
     planner = Planner(seed=1, me=b"me 1")
-    plan = ChunkPlan(400 * CHUNK, range(0, 400 * CHUNK, CHUNK))
-    many = rules.READING // CHUNK
+    plan = ChunkPlan(400 * rules.ORIGIN_READ, range(0, 400 * rules.ORIGIN_READ, rules.ORIGIN_READ))
+    many = rules.READING // rules.ORIGIN_READ
     peers = [b"peer %d" % number for number in range(many + 16)]
     readers = [(peer, [number] if number < many else []) for number, peer in enumerate(peers)]
 

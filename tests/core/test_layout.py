@@ -94,7 +94,7 @@ def test_a_large_tensor_is_cut_alike_wherever_it_lies(
 def test_the_same_tensors_at_another_offset_have_the_same_chunk_ids() -> None:
     """On real bytes: what a fine-tune shares with its base is found by id, whatever came in between."""
     noise = random.Random(7)
-    denoiser, small, decoder = noise.randbytes(9 << 20), noise.randbytes(1000), noise.randbytes(CHUNK + 5)
+    denoiser, small, decoder = noise.randbytes(CHUNK + CUT), noise.randbytes(1000), noise.randbytes(CHUNK + 5)
 
     def ids(*tensors: bytes) -> list[bytes]:
         file = file_of([len(tensor) for tensor in tensors], padding=len(tensors))
@@ -102,27 +102,27 @@ def test_the_same_tensors_at_another_offset_have_the_same_chunk_ids() -> None:
         return [chunk_id(data[offset : offset + length]) for offset, length in plan_from_head(len(data), file.head)]
 
     base = ids(denoiser, small, decoder)
-    assert len(base) == 5  # head; 8 MiB and the rest with the small one; 8 MiB and 5 bytes
+    assert len(base) == 5  # head; a chunk and the rest with the small one; a chunk and 5 bytes
     tuned = ids(small, decoder, noise.randbytes(CUT), denoiser, small)
     assert set(base) - set(tuned) == {base[0]}
 
 
-def test_a_nine_mebibyte_tensor_and_those_that_ride_behind_it() -> None:
-    file = file_of([9 << 20, 100, CUT - 1, CUT])
+def test_a_tensor_that_is_cut_and_those_that_ride_behind_it() -> None:
+    file = file_of([CHUNK + CUT // 2, 100, CUT - 1, CUT])
     start = file.data_start
     found = list(plan_from_head(file.size, file.head))
     assert found == [
         (0, start),
         (start, CHUNK),
-        (start + CHUNK, CUT + 100 + CUT - 1),
-        (start + (9 << 20) + 100 + CUT - 1, CUT),
+        (start + CHUNK, CUT // 2 + 100 + CUT - 1),
+        (start + CHUNK + CUT // 2 + 100 + CUT - 1, CUT),
     ]
 
 
 @given(st.integers(0, 10 * CHUNK), st.none() | st.binary(max_size=64))
 @example(0, None)
 @example(CHUNK, None)
-def test_what_is_no_safetensors_is_cut_every_eight_mebibytes(size: int, head: bytes | None) -> None:
+def test_what_is_no_safetensors_is_cut_at_regular_offsets(size: int, head: bytes | None) -> None:
     found = plan_from_head(size, head)
     assert_covers(found, size)
     assert list(found.starts) == list(range(0, size, CHUNK))

@@ -22,6 +22,7 @@ from weightcache.core.events import (
 from weightcache.core.layout import CHUNK, plan
 from weightcache.core.loads import PATIENCE
 from weightcache.core.planner import Planner
+from weightcache.core.turns import ORIGIN_READ
 
 BLOB, PEER = bytes(32), b"p" * 16
 COUNT = 40
@@ -78,7 +79,8 @@ def test_what_was_asked_for_before_still_lands() -> None:
     planner = Planner(1)
     first = fetches(planner.handle(added(), 0.0))[0]
     planner.handle(Congested(True), 0.1)
-    assert not fetches(planner.handle(Got(first.request, first.chunks[0]), 0.2))
+    for chunk in first.chunks:
+        assert not fetches(planner.handle(Got(first.request, chunk), 0.2))
     assert fetches(planner.handle(Congested(False), 0.3))
 
 
@@ -95,7 +97,7 @@ def test_a_cap_bounds_what_is_asked_for_over_time(via: Via | bytes) -> None:
     total = 0
     for when, size in asked:
         total += size
-        assert total <= rate * (when + 0.1) + 2 * CHUNK, f"{total} bytes were asked for by {when:.2f} s"
+        assert total <= rate * (when + 0.1) + 2 * ORIGIN_READ, f"{total} bytes were asked for by {when:.2f} s"
     assert asked[-1][0] >= 0.8 * COUNT * CHUNK / rate, "the cap was not what held it back"
 
 

@@ -80,7 +80,7 @@ def test_all_peers_together_owe_a_bounded_amount() -> None:
     world = World(1)
     for number in range(10):
         world.add_peer(f"peer {number}", rate=1e9)
-    wanted = world.want("blob", 200, CHUNK)
+    wanted = world.want("blob", 800, CHUNK)
     most = 0
     for peer in list(world.peers.values()):
         world.has(peer, "blob")
@@ -140,7 +140,7 @@ def test_equals_share_and_a_lower_rank_goes_first() -> None:
 def test_a_load_whose_turn_comes_late_is_not_given_up() -> None:
     world = World(1)
     peer = world.add_peer("peer", rate=50e6)
-    first, last = world.want("first", 250, CHUNK, rank=0), world.want("last", 3, rank=1)
+    first, last = world.want("first", 1000, CHUNK, rank=0), world.want("last", 3, rank=1)
     world.has(peer, "first")
     world.has(peer, "last")
     world.run()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightcache.core.ids import chunk_id
-from weightcache.core.layout import plan
+from weightcache.core.layout import CHUNK, plan
 from weightcache.core.manifest import Manifest
 from weightcache.core.published import (
     SUFFIX,
@@ -75,7 +75,7 @@ def test_a_copy_with_the_same_digest_is_the_same_object() -> None:
 
 def test_a_head_that_is_another_one_is_noticed() -> None:
     manifest = whole()
-    head = bytes(8 << 20)
+    head = bytes(CHUNK)
     with pytest.raises(FormatError, match="header"):
         check_head(manifest, manifest.plan, head)
     manifest.learn(0, chunk_id(head))

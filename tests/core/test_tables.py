@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.core.strategies import files, sources
 from weightcache.core.bitmap import ChunkSet
-from weightcache.core.ids import CHECK_BYTES, ID_BYTES, blob_id, check, chunk_id
+from weightcache.core.ids import CHECK_BYTES, ID_BYTES, PLAN_VERSION, blob_id, check, chunk_id
 from weightcache.core.layout import CHUNK, ChunkPlan, plan, plan_from_head
 from weightcache.core.manifest import Manifest, decode_manifest, decode_plan, encode_manifest, encode_plan
 from weightcache.core.snapshot import (
@@ -171,14 +171,14 @@ def test_a_forged_snapshot_is_refused(fields: list[object]) -> None:
         decode_snapshot(msgpack.packb(fields))
 
 
-MANIFEST: list[object] = [1, 1, b"b" * 32, encode_plan(plan(CHUNK + 1, None)), bytes(64), bytes(32), False]
+MANIFEST: list[object] = [1, PLAN_VERSION, b"b" * 32, encode_plan(plan(CHUNK + 1, None)), bytes(64), bytes(32), False]
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         changed(MANIFEST, 0, 2),
-        changed(MANIFEST, 1, 2),
+        changed(MANIFEST, 1, PLAN_VERSION + 1),
         changed(MANIFEST, 2, b"b" * 31),
         changed(MANIFEST, 2, "b" * 32),
         changed(MANIFEST, 4, bytes(63)),

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.daemons import Daemon, Json, cli
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.servers.hub import HubServer
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
 from weightcache.core.ids import check, chunk_id
+from weightcache.core.layout import CHUNK
 from weightcache.errors import BlobCorrupt, UnknownBlob
 from weightcache.store import Store
 from weightcache.store import store as store_module

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.daemons import Daemon, cli
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.fleet.workers import Worker
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from weightcache.core.turns import ORIGIN_READ
 
 COUNT = 4
 WORKERS = 20
@@ -67,9 +68,9 @@ def processes(temporary: Path) -> list[str]:
 
 
 def put(s3: S3Server, name: str, seed: int) -> tuple[str, bytes, str]:
-    data = tensors(COUNT, CHUNK, seed)
+    data = tensors(COUNT, ORIGIN_READ, seed)
     s3.put("embedded", name, data)
-    return f"s3://embedded/{name}", data, hashlib.sha256(memoryview(data)[-COUNT * CHUNK :]).hexdigest()
+    return f"s3://embedded/{name}", data, hashlib.sha256(memoryview(data)[-COUNT * ORIGIN_READ :]).hexdigest()
 
 
 def assert_once(s3: S3Server, size: int) -> None:

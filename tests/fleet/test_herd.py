@@ -7,14 +7,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.fleet.daemons import Daemon, Json, from_peers
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from weightcache.core.turns import ORIGIN_READ
 from weightcache.errors import SourceChanged
 
 HOSTS = 4
 NEVER = 1 << 60  # bytes: what stalls after so many passes
-TENSOR = CHUNK // 4
+TENSOR = ORIGIN_READ // 4
 FIRST_READ = 256 << 10  # each host reads the header for itself
 
 
@@ -93,7 +94,7 @@ def under_way(host: Daemon) -> set[str]:
 
 def test_an_object_replaced_in_mid_herd_is_named_and_nobody_gets_a_mixture(s3: S3Server, tmp_path: Path) -> None:
     """Every load of it ends, what else runs goes on, and the next load gets the new bytes from whoever has them."""
-    older, newer, other = (tensors(48, TENSOR, seed=seed) for seed in (2, 3, 4))
+    older, newer, other = (tensors(80, TENSOR, seed=seed) for seed in (2, 3, 4))
     s3.put("main", "replaced.safetensors", older)
     s3.put("main", "other.safetensors", other)
     source = "s3://main/replaced.safetensors"

@@ -14,15 +14,17 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.daemons import Daemon, Json, from_peers
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from weightcache.core.turns import ORIGIN_READ
 from weightcache.errors import DaemonError
 
 KILLS = 50
 STREAMS = 2
 SEED = int(os.environ.get("WEIGHTCACHE_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
-IN_FLIGHT = STREAMS * CHUNK + (256 << 10) + (64 << 10)  # bytes: reads, the start of a file, and what states its version
+# Bytes: reads, the start of a file, and what states its version.
+IN_FLIGHT = STREAMS * ORIGIN_READ + (256 << 10) + (64 << 10)
 
 
 @pytest.mark.timeout(600)  # a second each; on a busy machine several
@@ -91,7 +93,7 @@ def kill_process(host: Daemon, role: str) -> None:
 def test_bulk_processes_and_peers_die_in_mid_load(s3: S3Server, tmp_path: Path) -> None:
     a = Daemon(tmp_path / "a")
     b = Daemon(tmp_path / "b", peers=(a,))
-    data = tensors(12, CHUNK, SEED)
+    data = tensors(12, ORIGIN_READ, SEED)
     s3.put("kill", "large.safetensors", data)
     source = "s3://kill/large.safetensors"
 

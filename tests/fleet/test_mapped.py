@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.daemons import Daemon, cli
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.fleet.workers import Worker
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from weightcache.core.turns import ORIGIN_READ
 from weightcache.errors import StoreFull
 
-SIZE = CHUNK  # bytes of a file's tensors, more or less
-CAPACITY = 4 * CHUNK
+SIZE = ORIGIN_READ  # bytes of a file's tensors, more or less
+CAPACITY = 4 * ORIGIN_READ
 
 WORK = """
 import hashlib
@@ -95,7 +96,7 @@ def test_a_full_store_evicts_others_and_never_this_one(s3: S3Server, host: Daemo
 
 
 def test_a_load_goes_on_when_the_daemon_restarts_in_the_middle(s3: S3Server, host: Daemon, worker: Worker) -> None:
-    data = tensors(2, CHUNK, seed=77)
+    data = tensors(2, ORIGIN_READ, seed=77)
     s3.put("mapped", "arriving.safetensors", data)
     s3.proxy.stall(r"arriving\.safetensors$", after=2 << 20, times=100)  # no read of tensors ends
     worker.run("file = safe_open('s3://mapped/arriving.safetensors', 'pt')")
@@ -104,7 +105,7 @@ def test_a_load_goes_on_when_the_daemon_restarts_in_the_middle(s3: S3Server, hos
     host.kill()
     s3.proxy.heal()
     host.start()
-    assert worker.result() == hashlib.sha256(memoryview(data)[-2 * CHUNK :]).hexdigest()
+    assert worker.result() == hashlib.sha256(memoryview(data)[-2 * ORIGIN_READ :]).hexdigest()
     assert "load interrupted" in worker.log.read_text()
     worker.run("del tensors, file")
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.daemons import Daemon, cli
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.servers.s3 import S3Server
+from weightcache.core.turns import ORIGIN_READ
 
 MEMORY = Path("/dev/shm")
 CAPACITY = 48 << 20  # of the store, since the machine's own tmpfs is not to be filled
@@ -28,7 +29,7 @@ def folder() -> Iterator[Path]:
 
 
 def test_a_store_in_memory(s3_server: S3Server, folder: Path) -> None:
-    first, second, large = tensors(3, CHUNK, 21), tensors(3, CHUNK, 22), tensors(7, CHUNK, 23)
+    first, second, large = tensors(3, ORIGIN_READ, 21), tensors(3, ORIGIN_READ, 22), tensors(7, ORIGIN_READ, 23)
     for name, data in (("first", first), ("second", second), ("large", large)):
         s3_server.put("memory", name, data)
     with Daemon(folder, f"--capacity={CAPACITY}", env=s3_server.env()) as host:

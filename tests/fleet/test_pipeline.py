@@ -24,12 +24,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.fleet.daemons import Daemon
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.fleet.workers import Worker
 from tests.runtime import pipelines
 from tests.servers.loop import accepts, spawn, wait_until
 from tests.servers.s3 import S3Server
 from weightcache import openfile
+from weightcache.core.turns import ORIGIN_READ
 from weightcache.errors import DaemonError, LoadFailed, SourceChanged, SourceError
 from weightcache.openfile import OpenFile
 from weightcache.runtime import load_lora, load_pipeline, report_of, swap, swapping, wait
@@ -205,7 +206,7 @@ def test_the_lora_server(here: S3Server, host: Daemon, base: Path, tmp_path: Pat
 
 
 def test_a_lora_does_not_wait_for_a_large_load(here: S3Server, host: Daemon) -> None:
-    here.put(BUCKET, "large/unet.safetensors", tensors(20, CHUNK, seed=1))
+    here.put(BUCKET, "large/unet.safetensors", tensors(20, ORIGIN_READ, seed=1))
     here.put(BUCKET, "light/lora.safetensors", tensors(1, 3 << 20, seed=2))
     stalled = here.proxy.stall(r"/large/.*safetensors$", after=1 << 20, times=1000)
     with ThreadPoolExecutor(1) as pool:

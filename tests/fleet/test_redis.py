@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.daemons import Daemon, Json, cli, from_peers
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.servers.loop import wait_until
 from tests.servers.redis import RedisServer
 from tests.servers.s3 import S3Server
+from weightcache.core.turns import ORIGIN_READ
 
-TENSOR = CHUNK // 4
+TENSOR = ORIGIN_READ // 4
 NEVER = 1 << 60
 FIRST_READ = 256 << 10  # each host may read the header for itself
 PASSWORD = "no-one-shall-see-this"

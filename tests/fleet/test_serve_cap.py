@@ -6,16 +6,17 @@ import time
 from pathlib import Path
 
 from tests.fleet.daemons import Daemon, from_peers
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.servers.s3 import S3Server
 from weightcache.core.pace import BURST
+from weightcache.core.turns import ORIGIN_READ
 
 RATE = 40_000_000
 COUNT = 6  # chunks
 
 
 def test_peers_get_it_at_the_cap_and_blame_nobody(s3_server: S3Server, tmp_path: Path) -> None:
-    data = tensors(COUNT, CHUNK, 11)
+    data = tensors(COUNT, ORIGIN_READ, 11)
     s3_server.put("cap", "blob", data)
     env = s3_server.env()
     with Daemon(tmp_path / "a", f"--serve-bandwidth={RATE}", env=env) as a, Daemon(tmp_path / "b", peers=(a,)) as b:

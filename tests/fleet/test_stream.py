@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.daemons import Daemon
-from tests.fleet.weights import CHUNK, tensors
+from tests.fleet.weights import tensors
 from tests.fleet.workers import Worker, WorkerError
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from weightcache.core.turns import ORIGIN_READ
 
 WORK = """
 import hashlib
@@ -33,9 +34,9 @@ def put(s3: S3Server, prefix: str) -> tuple[str, list[list[str]]]:
     """A pipeline of two chunks a component: its source, and the digests of its files' tensors in order of use."""
     found = {}
     for seed, name in enumerate(PARTS):
-        data = tensors(2, CHUNK, seed)
+        data = tensors(2, ORIGIN_READ, seed)
         s3.put("stream", f"{prefix}/{name}.safetensors", data)
-        found[f"{name}.safetensors"] = hashlib.sha256(memoryview(data)[-2 * CHUNK :]).hexdigest()
+        found[f"{name}.safetensors"] = hashlib.sha256(memoryview(data)[-2 * ORIGIN_READ :]).hexdigest()
     s3.put("stream", f"{prefix}/model_index.json", b"{}")
     return f"s3://stream/{prefix}/", [[name, found[name]] for name in IN_ORDER]
 
@@ -65,9 +66,9 @@ def test_a_pipeline_comes_from_a_peer_in_the_order_of_its_use(
     found = worker.run("", "stream.report.to_json()")
     came = found["bytes_by_source"]
     assert came[hosts[0].address] + came.get("local", 0) == size  # files of one shape have one header: it comes once
-    assert came.get("local", 0) < CHUNK
-    assert found["bytes"] == 6 * CHUNK
-    assert found["stages"]["copy"]["bytes"] == 6 * CHUNK
+    assert came.get("local", 0) < ORIGIN_READ
+    assert found["bytes"] == 6 * ORIGIN_READ
+    assert found["stages"]["copy"]["bytes"] == 6 * ORIGIN_READ
     with hosts[1].client() as client:  # it holds nothing any more, though the worker lives
         wait_until(lambda: not client.evict([source])["kept"], 10, "the leases to end")
     name = f"{source}unet/u.safetensors"
@@ -111,5 +112,5 @@ def test_without_a_daemon_the_store_is_held_until_the_end(s3: S3Server, tmp_path
     with Worker(tmp_path / "log", env | s3.env()) as worker:
         worker.run(WORK + f"stream = stream_snapshot({source!r})")
         assert worker.run("", "digests(stream)") == expected
-        assert worker.run("", "stream.report.by_source()")["origin"] > 6 * CHUNK
+        assert worker.run("", "stream.report.by_source()")["origin"] > 6 * ORIGIN_READ
         assert worker.end() == 0

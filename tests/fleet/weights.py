@@ -10,8 +10,6 @@ import numpy as np
 
 from weightcache.core.ids import chunk_id
 
-CHUNK = 8 << 20
-
 
 def minilm() -> Path:
     """The directory of a real model: 91 MB of safetensors in 104 tensors, configuration, tokenizer."""

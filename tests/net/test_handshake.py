@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from weightcache.core.ids import PLAN_VERSION
 from weightcache.core.wire import MAX_INFO, Kind, Link, Port, Role, State
 from weightcache.errors import AuthError, ProtocolError
 from weightcache.net import handshake
@@ -115,7 +116,8 @@ def test_a_hello_for_the_other_port_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "value", "older_is_client"), [("PROTOCOL", 2, False), ("PLAN_VERSION", 2, False), ("PROTOCOL", 0, True)]
+    ("number", "value", "older_is_client"),
+    [("PROTOCOL", 2, False), ("PLAN_VERSION", PLAN_VERSION + 1, False), ("PROTOCOL", 0, True)],
 )
 def test_another_version_is_named_on_both_sides(
     monkeypatch: pytest.MonkeyPatch, number: str, value: int, older_is_client: bool

@@ -16,19 +16,37 @@ from hypothesis import strategies as st
 from weightcache.core.ids import check, chunk_id
 from weightcache.core.landing import ChunkMismatch, land
 from weightcache.net.node_channel import NodeChannel
-from weightcache.node.reader import Reader, _cut
+from weightcache.node.arrivals import TOGETHER, TOGETHER_SECONDS, Arrivals, Chunk
+from weightcache.node.reader import Reader
 
 DATA = random.Random(3).randbytes(3_000_000)
 
 
-@given(st.lists(st.integers(0, 40), max_size=8), st.lists(st.integers(1, 30), max_size=8))
-def test_chunks_are_cut_out_of_pieces_as_they_follow(pieces: list[int], chunks: list[int]) -> None:
-    ends = [sum(pieces[: number + 1]) for number in range(len(pieces))]
-    held = [memoryview(DATA)[end - size : end] for size, end in zip(pieces, ends, strict=True)]
-    whole, begin = DATA[: sum(pieces)], 0
-    for length in chunks:
-        assert b"".join(_cut(held, begin, length)) == whole[begin : begin + length]
-        begin += length
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
+def test_chunks_are_cut_out_of_pieces_as_they_follow(lengths: list[int], data: st.DataObject) -> None:
+    chunks = [(index, sum(lengths[:index]), length, b"") for index, length in enumerate(lengths)]
+    arrivals, landed, at, now = Arrivals(chunks, 0.0), list[Chunk](), 0, 0.0
+    while at < sum(lengths):
+        size = data.draw(st.integers(1, sum(lengths) - at))
+        now += data.draw(st.sampled_from([0.0, 2 * TOGETHER_SECONDS]))
+        for chunk, pieces in arrivals.add(memoryview(DATA)[at : at + size], now):
+            assert b"".join(pieces) == DATA[chunk[1] : chunk[1] + chunk[2]]
+            assert chunk[1] + chunk[2] <= at + size
+            landed.append(chunk)
+        at += size
+    assert landed == chunks
+
+
+def test_what_is_whole_lands_when_it_is_enough_or_has_waited() -> None:
+    def lengths(*pieces: tuple[int, float]) -> list[list[int]]:
+        arrivals = Arrivals([(index, 10 * index, 10, b"") for index in range(4)], 0.0)
+        return [[chunk[2] for chunk, _ in arrivals.add(memoryview(DATA)[:size], now)] for size, now in pieces]
+
+    late = 2 * TOGETHER_SECONDS
+    assert lengths((15, 0.0), (10, 0.0), (15, 0.0)) == [[], [], [10] * 4]  # all at once, and soon: together
+    assert lengths((15, late), (10, late), (5, 2 * late), (10, 2 * late)) == [[10], [], [10, 10], [10]]
+    large = Arrivals([(0, 0, TOGETHER, b""), (1, TOGETHER, 1, b"")], 0.0)
+    assert [chunk[0] for chunk, _ in large.add(memoryview(bytes(TOGETHER)), 0.0)] == [0]
 
 
 def test_a_chunk_in_pieces_lands_as_one_in_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.servers.proxy import FaultProxy
 from weightcache.core.source import parse_source
 from weightcache.errors import OriginUnavailable, SourceChanged, SourceDenied, SourceError, SourceNotFound
 from weightcache.origin import Origins
+from weightcache.origin.base import read_whole
 from weightcache.tools.local import free_ports
 
 Make = Callable[..., Origins]
@@ -34,7 +35,7 @@ async def test_ranges_of_a_real_server(nginx: NginxServer, origins: Make) -> Non
     assert (snapshot.single, entry.path, entry.size, entry.ranged) == (True, "big model.bin", len(BODY), True)
     assert entry.version.startswith("etag:")
     for begin, end in ((0, len(BODY)), (0, 1), (len(BODY) - 1, len(BODY)), (1_000_000, 2_500_000)):
-        assert b"".join(await ours.read(entry, begin, end)) == BODY[begin:end]
+        assert await read_whole(ours, entry, begin, end) == BODY[begin:end]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ async def test_a_file_replaced_underneath_is_an_error(mood: str, nginx: NginxSer
     body.write_bytes(bytes(len(BODY)))
     os.utime(body, (1_900_000_000, 1_900_000_000))
     with pytest.raises(SourceChanged, match=r"big%20model\.bin changed"):
-        await (ours.read(entry, 5, 10) if entry.ranged else anext(ours.stream(entry)))
+        await (read_whole(ours, entry, 5, 10) if entry.ranged else anext(ours.stream(entry)))
 
 
 async def test_a_file_that_grows_while_it_is_streamed_once_is_an_error(
@@ -112,7 +113,7 @@ async def test_redirects(nginx: NginxServer, origins: Make, liar: Liar) -> None:
     ours = origins()
     (entry,) = (await ours.resolve(parse_source(nginx.url("big%20model.bin", "moved")))).files
     assert str(entry.source) == nginx.url("big%20model.bin", "moved")
-    assert b"".join(await ours.read(entry, 10, 20)) == BODY[10:20]
+    assert await read_whole(ours, entry, 10, 20) == BODY[10:20]
     with pytest.raises(SourceError, match="more than 5 times"):
         await ours.resolve(parse_source(nginx.url("x", "loop")))
     with pytest.raises(SourceDenied, match=r"elsewhere\.invalid/: plain http"):
@@ -142,18 +143,18 @@ async def test_redirects(nginx: NginxServer, origins: Make, liar: Liar) -> None:
 async def test_a_lie_is_never_served(lie: str, error: type[Exception], liar: Liar, origins: Make) -> None:
     ours = origins()
     (entry,) = (await ours.resolve(parse_source(liar.url()))).files
-    assert b"".join(await ours.read(entry, 1000, 51_000)) == liar.body[1000:51_000]
+    assert await read_whole(ours, entry, 1000, 51_000) == liar.body[1000:51_000]
     assert liar.seen[-1]["if-match"] == '"truth"'
     liar.lie = lie
     with pytest.raises(error, match=r"model\.safetensors"):
-        await ours.read(entry, 1000, 51_000)
+        await read_whole(ours, entry, 1000, 51_000)
 
 
 async def test_more_than_was_asked_for_is_cut_off(liar: Liar, origins: Make) -> None:
     ours = origins()
     (entry,) = (await ours.resolve(parse_source(liar.url()))).files
     liar.lie = "long"
-    assert b"".join(await ours.read(entry, 1000, 51_000)) == liar.body[1000:51_000]
+    assert await read_whole(ours, entry, 1000, 51_000) == liar.body[1000:51_000]
 
 
 async def test_a_weak_tag_is_compared_though_it_cannot_be_sent(liar: Liar, origins: Make) -> None:
@@ -161,10 +162,10 @@ async def test_a_weak_tag_is_compared_though_it_cannot_be_sent(liar: Liar, origi
     liar.lie = "weak"
     (entry,) = (await ours.resolve(parse_source(liar.url()))).files
     assert entry.version == "weak:truth"
-    assert b"".join(await ours.read(entry, 0, 100)) == liar.body[:100]
+    assert await read_whole(ours, entry, 0, 100) == liar.body[:100]
     liar.tag = '"another"'
     with pytest.raises(SourceChanged):
-        await ours.read(entry, 0, 100)
+        await read_whole(ours, entry, 0, 100)
 
 
 async def test_a_size_that_is_not_stated_is_refused(liar: Liar, origins: Make) -> None:
@@ -180,10 +181,10 @@ async def test_stalls_and_resets_are_retryable(nginx: NginxServer, origins: Make
         for spoil in (lambda: proxy.stall("big", after=100_000), lambda: proxy.reset("big", after=100_000)):
             spoil()
             with pytest.raises(OriginUnavailable):
-                await asyncio.wait_for(ours.read(entry, 0, entry.size), 10)
+                await asyncio.wait_for(read_whole(ours, entry, 0, entry.size), 10)
             proxy.heal()
             spoil()
             with pytest.raises(OriginUnavailable):
                 _ = [piece async for piece in ours.stream(entry)]
             proxy.heal()
-        assert b"".join(await ours.read(entry, 0, entry.size)) == BODY
+        assert await read_whole(ours, entry, 0, entry.size) == BODY

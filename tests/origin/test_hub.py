@@ -13,6 +13,7 @@ from tests.servers.hub import HubServer
 from weightcache.core.source import parse_source
 from weightcache.errors import OriginUnavailable, SourceChanged, SourceDenied, SourceError, SourceNotFound
 from weightcache.origin import Origins
+from weightcache.origin.base import read_whole
 
 Make = Callable[..., Origins]
 WEIGHTS = random.Random(9).randbytes(1_500_000)
@@ -40,8 +41,8 @@ async def test_a_repository_is_its_files_at_a_commit(hub: HubServer, files: Path
     git = hashlib.sha1(b"blob %d\0" % len(CONFIG) + CONFIG).hexdigest()
     assert (config.version, config.digest) == (f"etag:{git}", "")
     assert str(weights.source) == f"hf://org/name@{commit}/unet/model.safetensors"
-    assert b"".join(await ours.read(weights, 1000, 1_400_000)) == WEIGHTS[1000:1_400_000]
-    assert b"".join(await ours.read(config, 2, 9)) == CONFIG[2:9]
+    assert await read_whole(ours, weights, 1000, 1_400_000) == WEIGHTS[1000:1_400_000]
+    assert await read_whole(ours, config, 2, 9) == CONFIG[2:9]
     assert b"".join([bytes(piece) async for piece in ours.stream(weights)]) == WEIGHTS
     pinned = await ours.resolve(parse_source(f"hf://org/name@{commit}"))
     assert pinned.immutable
@@ -70,8 +71,8 @@ async def test_the_resolver_is_asked_once_a_file_and_the_cdn_never_sees_the_toke
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     ours = origins()
     (entry,) = (await ours.resolve(parse_source("hf://org/private/unet/model.safetensors"))).files
-    parts = await asyncio.gather(*(ours.read(entry, at, at + 100_000) for at in range(0, 1_500_000, 100_000)))
-    assert b"".join(piece for part in parts for piece in part) == WEIGHTS
+    parts = await asyncio.gather(*(read_whole(ours, entry, at, at + 100_000) for at in range(0, 1_500_000, 100_000)))
+    assert b"".join(parts) == WEIGHTS
     assert hub.counts == {"info": 1, "resolve": 1, "cdn": 15}
     assert hub.cdn_bytes == len(WEIGHTS)
     assert hub.cdn_logins == []
@@ -81,10 +82,10 @@ async def test_an_expired_address_is_renewed_once_for_all(hub: HubServer, files:
     hub.publish("org/name", files)
     ours = origins()
     (entry,) = (await ours.resolve(parse_source("hf://org/name/unet/model.safetensors"))).files
-    await ours.read(entry, 0, 10)
+    await read_whole(ours, entry, 0, 10)
     hub.expire()
-    parts = await asyncio.gather(*(ours.read(entry, at, at + 500_000) for at in range(0, 1_500_000, 500_000)))
-    assert b"".join(piece for part in parts for piece in part) == WEIGHTS
+    parts = await asyncio.gather(*(read_whole(ours, entry, at, at + 500_000) for at in range(0, 1_500_000, 500_000)))
+    assert b"".join(parts) == WEIGHTS
     assert hub.counts["resolve"] == 2
 
 
@@ -103,7 +104,7 @@ async def test_without_the_token_a_private_repository_names_it(
     (entry,) = (await ours.resolve(parse_source("hf://org/private/config.json"))).files
     monkeypatch.setenv("HF_TOKEN", "hf_revoked")
     with pytest.raises(SourceDenied, match="HF_TOKEN"):
-        await ours.read(entry, 0, 5)
+        await read_whole(ours, entry, 0, 5)
 
 
 async def test_what_is_not_there_is_named(
@@ -125,7 +126,7 @@ async def test_a_renamed_repository_is_followed(hub: HubServer, files: Path, ori
     hub.rename("org/old", "org/new")
     ours = origins()
     (entry,) = (await ours.resolve(parse_source("hf://org/old/unet/model.safetensors"))).files
-    assert b"".join(await ours.read(entry, 0, entry.size)) == WEIGHTS
+    assert await read_whole(ours, entry, 0, entry.size) == WEIGHTS
 
 
 async def test_what_the_resolver_states_is_held_against_the_entry(hub: HubServer, files: Path, origins: Make) -> None:
@@ -136,7 +137,7 @@ async def test_what_the_resolver_states_is_held_against_the_entry(hub: HubServer
     longer = replace(weights, size=weights.size + 1)
     for entry in (other, longer, replace(config, version="etag:" + "0" * 40), replace(config, size=5)):
         with pytest.raises(SourceChanged):
-            await ours.read(entry, 0, 5)
+            await read_whole(ours, entry, 0, 5)
 
 
 async def test_a_hub_that_fails_is_retryable(hub: HubServer, files: Path, origins: Make) -> None:
@@ -149,10 +150,10 @@ async def test_a_hub_that_fails_is_retryable(hub: HubServer, files: Path, origin
             await ours.resolve(parse_source("hf://org/name"))
         for entry in (config, weights):
             with pytest.raises(OriginUnavailable):
-                await ours.read(entry, 0, 5)
+                await read_whole(ours, entry, 0, 5)
     hub.fail_with = 418
     with pytest.raises(SourceError, match="418"):
-        await ours.read(config, 0, 5)
+        await read_whole(ours, config, 0, 5)
     hub.fail_with = 0
     hub.close()
     with pytest.raises(OriginUnavailable):

@@ -13,7 +13,7 @@ from tests.servers.s3 import S3Server
 from weightcache.core.source import parse_source
 from weightcache.errors import OriginUnavailable, SourceChanged, SourceDenied, SourceError, SourceNotFound
 from weightcache.origin import Origins
-from weightcache.origin.base import refused
+from weightcache.origin.base import read_whole, refused
 from weightcache.origin.objects import stated_digest
 
 Make = Callable[..., Origins]
@@ -28,7 +28,7 @@ async def test_an_object_is_one_file_and_its_ranges_are_its_bytes(s3: S3Server, 
     assert snapshot.single
     assert (entry.path, entry.size, entry.version) == ("odd name #1%.bin", len(body), f"etag:{tag}")
     for begin, end in ((0, len(body)), (0, 1), (len(body) - 1, len(body)), (4_000_000, 9_000_000)):
-        assert b"".join(await ours.read(entry, begin, end)) == body[begin:end]
+        assert await read_whole(ours, entry, begin, end) == body[begin:end]
     assert b"".join([bytes(piece) async for piece in ours.stream(entry)]) == body
     assert max([len(piece) async for piece in ours.stream(entry)]) <= 1 << 20
 
@@ -70,7 +70,7 @@ async def test_a_prefix_is_every_object_below_it(s3: S3Server, origins: Make) ->
         for entry in snapshot.files:
             assert entry.size == len(files[entry.path])
             if entry.size:
-                assert b"".join(await ours.read(entry, 0, entry.size)) == files[entry.path]
+                assert await read_whole(ours, entry, 0, entry.size) == files[entry.path]
     before = snapshot.revision
     s3.put("bkt", "pipe/unet/config.json", b"[1]")
     assert (await ours.resolve(parse_source("s3://bkt/pipe/"))).revision != before
@@ -82,12 +82,12 @@ async def test_an_object_that_is_replaced_is_an_error_that_names_it(s3: S3Server
     (entry,) = (await ours.resolve(parse_source("s3://bkt/replaced.bin"))).files
     s3.put("bkt", "replaced.bin", b"x" * 1000)  # the same size: only the ETag tells
     with pytest.raises(SourceChanged, match=rf"s3://bkt/replaced\.bin changed.*{old}"):
-        await ours.read(entry, 0, 10)
+        await read_whole(ours, entry, 0, 10)
     with pytest.raises(SourceChanged):
         _ = [piece async for piece in ours.stream(entry)]
     s3.delete("bkt", "replaced.bin")
     with pytest.raises(SourceNotFound):
-        await ours.read(entry, 0, 10)
+        await read_whole(ours, entry, 0, 10)
 
 
 async def test_what_is_not_there_is_named(s3: S3Server, origins: Make) -> None:
@@ -135,10 +135,10 @@ class TestFaults:
         spoil()
         stored.proxy.reset_counts()
         with pytest.raises(OriginUnavailable, match=r"s3://bkt/faulty\.bin") as failed:
-            await asyncio.wait_for(ours.read(entry, 1000, entry.size), 10)
+            await asyncio.wait_for(read_whole(ours, entry, 1000, entry.size), 10)
         assert stored.proxy.requests == requests
         stored.proxy.heal()
-        assert b"".join(await ours.read(entry, 1000, entry.size)) == self.body[1000:]
+        assert await read_whole(ours, entry, 1000, entry.size) == self.body[1000:]
         return str(failed.value)
 
     async def test_500_and_503(self, stored: S3Server, origins: Make) -> None:
@@ -163,22 +163,22 @@ class TestFaults:
         (entry,) = (await ours.resolve(parse_source("s3://bkt/faulty.bin"))).files
         stored.proxy.reset_counts()
         stall = stored.proxy.stall("faulty", after=100_000)
-        reading = asyncio.create_task(ours.read(entry, 0, entry.size))
+        reading = asyncio.create_task(read_whole(ours, entry, 0, entry.size))
         await asyncio.to_thread(stall.struck.wait, 10)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
         stored.proxy.release(stall)
-        assert b"".join(await ours.read(entry, 0, 10)) == self.body[:10]
+        assert await read_whole(ours, entry, 0, 10) == self.body[:10]
 
     async def test_a_server_that_is_killed_and_started_again(self, stored: S3Server, origins: Make) -> None:
         ours = origins()
         (entry,) = (await ours.resolve(parse_source("s3://bkt/faulty.bin"))).files
         stored.stop()
         with pytest.raises(OriginUnavailable):
-            await ours.read(entry, 0, 10)
+            await read_whole(ours, entry, 0, 10)
         await asyncio.to_thread(stored.start)
-        assert b"".join(await ours.read(entry, 0, entry.size)) == self.body
+        assert await read_whole(ours, entry, 0, entry.size) == self.body
 
 
 async def test_the_proxy_counts_exactly(s3: S3Server, origins: Make) -> None:
@@ -186,7 +186,7 @@ async def test_the_proxy_counts_exactly(s3: S3Server, origins: Make) -> None:
     ours = origins()
     (entry,) = (await ours.resolve(parse_source("s3://bkt/counted.bin"))).files
     s3.proxy.reset_counts()
-    await asyncio.gather(*(ours.read(entry, at, at + 10_000) for at in range(0, 100_000, 10_000)))
+    await asyncio.gather(*(read_whole(ours, entry, at, at + 10_000) for at in range(0, 100_000, 10_000)))
     assert (s3.proxy.egress, s3.proxy.requests) == (100_000, 10)
 
 
@@ -209,7 +209,7 @@ class TestLies:
         ours = origins()
         (entry,) = (await ours.resolve(parse_source(f"{scheme}://bucket/model.safetensors"))).files
         assert (entry.version, entry.size) == ("etag:truth", len(liar.body))
-        assert b"".join(await ours.read(entry, 7, 100_000)) == liar.body[7:100_000]
+        assert await read_whole(ours, entry, 7, 100_000) == liar.body[7:100_000]
         assert liar.seen[-1]["if-match"] == '"truth"'
 
     @pytest.mark.parametrize(
@@ -230,10 +230,10 @@ class TestLies:
         (entry,) = (await ours.resolve(parse_source(f"{scheme}://bucket/model.safetensors"))).files
         liar.lie = lie
         with pytest.raises(error):
-            await ours.read(entry, 1000, 51_000)
+            await read_whole(ours, entry, 1000, 51_000)
 
     async def test_more_than_was_asked_for_is_cut_off(self, scheme: str, liar: Liar, origins: Make) -> None:
         ours = origins()
         (entry,) = (await ours.resolve(parse_source(f"{scheme}://bucket/model.safetensors"))).files
         liar.lie = "long"
-        assert b"".join(await ours.read(entry, 1000, 51_000)) == liar.body[1000:51_000]
+        assert await read_whole(ours, entry, 1000, 51_000) == liar.body[1000:51_000]

@@ -14,6 +14,7 @@ from tests.servers.nginx import NginxServer
 from tests.servers.proxy import FaultProxy
 from weightcache.core.source import parse_source
 from weightcache.origin import Origins
+from weightcache.origin.base import read_whole
 
 Make = Callable[..., Origins]
 BODY = random.Random(5).randbytes(3_000_001)
@@ -34,9 +35,9 @@ async def test_reads_one_after_the_other_share_a_connection(nginx: NginxServer, 
     ours = origins()
     (entry,) = (await ours.resolve(parse_source(nginx.url("plain.bin")))).files
     for begin in range(0, 3_000_000, 500_000):
-        assert b"".join(await ours.read(entry, begin, begin + 500_000)) == BODY[begin : begin + 500_000]
+        assert await read_whole(ours, entry, begin, begin + 500_000) == BODY[begin : begin + 500_000]
     assert connections(nginx.port) == 1
-    await asyncio.gather(*(ours.read(entry, 0, 1000) for _ in range(4)))
+    await asyncio.gather(*(read_whole(ours, entry, 0, 1000) for _ in range(4)))
     assert 1 <= connections(nginx.port) <= 4
 
 
@@ -44,10 +45,10 @@ async def test_an_idle_connection_that_the_server_has_closed_is_replaced(nginx: 
     ours = origins()
     with FaultProxy(nginx.port) as proxy:
         (entry,) = (await ours.resolve(parse_source(f"http://127.0.0.1:{proxy.port}/plain/plain.bin"))).files
-        assert b"".join(await ours.read(entry, 5, 10)) == BODY[5:10]
+        assert await read_whole(ours, entry, 5, 10) == BODY[5:10]
         proxy.refuse()
         proxy.accept()
-        assert b"".join(await ours.read(entry, 10, 20)) == BODY[10:20]
+        assert await read_whole(ours, entry, 10, 20) == BODY[10:20]
 
 
 async def test_a_read_that_is_given_up_frees_its_thread_at_once(nginx: NginxServer, origins: Make) -> None:
@@ -56,11 +57,11 @@ async def test_a_read_that_is_given_up_frees_its_thread_at_once(nginx: NginxServ
         (entry,) = (await ours.resolve(parse_source(f"http://127.0.0.1:{proxy.port}/plain/plain.bin"))).files
         proxy.stall("plain.bin", after=100_000)
         buffer = memoryview(bytearray(len(BODY)))
-        reading = asyncio.ensure_future(ours.read(entry, 0, len(BODY), lambda size: buffer))
+        reading = asyncio.ensure_future(ours.read(entry, 0, len(BODY), lambda size: buffer, lambda piece: None))
         async with asyncio.timeout(10):
             await asyncio.to_thread(wait_until, lambda: buffer[99_000] == BODY[99_000], what="the middle of the body")
             reading.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reading
             proxy.heal()
-            assert b"".join(await ours.read(entry, 0, len(BODY))) == BODY
+            assert await read_whole(ours, entry, 0, len(BODY)) == BODY

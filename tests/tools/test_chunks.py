@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from tests.tools.conftest import Cli, answer
 from weightcache.core.ids import chunk_id
-from weightcache.core.layout import parse_header, plan
+from weightcache.core.layout import CHUNK, parse_header, plan
 from weightcache.errors import FormatError, SourceNotFound
 from weightcache.tools.chunks import describe, shared
 
@@ -39,8 +39,8 @@ def test_chunks_are_those_of_the_plan_with_their_ids_and_tensors(tmp_path: Path)
 
 
 def test_a_file_that_is_no_safetensors_has_chunks_without_tensors(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(bytes(9 * MIB))
-    assert [chunk["length"] for chunk in describe(tmp_path / "x")["chunks"]] == [8 * MIB, MIB]
+    (tmp_path / "x").write_bytes(bytes(CHUNK + MIB))
+    assert [chunk["length"] for chunk in describe(tmp_path / "x")["chunks"]] == [CHUNK, MIB]
     assert "tensors" not in describe(tmp_path / "x")["chunks"][0]
     (tmp_path / "x").write_bytes(b"")
     assert describe(tmp_path / "x")["chunks"] == []

@@ -69,7 +69,7 @@ def test_pull_says_what_is_here_already(cli: Cli, file: Path) -> None:
     half = file.read_bytes()
     half = half[: 2 * len(half) // 3]
     other = file.with_name("other.bin")
-    other.write_bytes(half * 5)  # 10 MiB: a chunk of 8 MiB and one of 2
+    other.write_bytes(half * 5)  # 10 MiB
     third = file.with_name("third.bin")
     third.write_bytes(other.read_bytes()[: 8 << 20] + os.urandom(2 << 20))
     answer(cli("publish", f"file://{third}", "--json"))

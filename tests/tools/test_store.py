@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools.conftest import Cli, answer
+from weightcache.core.layout import CHUNK
 from weightcache.errors import SourceDenied, StoreError
 
 SIZE = 9 << 20
@@ -101,15 +102,15 @@ def test_verify_finds_a_flipped_byte_and_mends_it(cli: Cli, source: str) -> None
         file.write(bytes([good[SIZE // 2] ^ 1]))
     done = cli("verify", "--no-repair", "--json", "--log-level", "error")
     assert done.returncode == StoreError.exit_code
-    assert [row["bad"] for row in json.loads(done.stdout)] == [[0]]
+    assert [row["bad"] for row in json.loads(done.stdout)] == [[SIZE // 2 // CHUNK]]
     assert cli("path", source).returncode != 0  # what is bad is not shown as here
-    assert answer(cli("pull", source, "--json"))["bytes_by_source"]["origin"] == 8 << 20
+    assert answer(cli("pull", source, "--json"))["bytes_by_source"]["origin"] == CHUNK
     assert Path(cli("path", source).stdout.strip()).read_bytes() == good
 
 
 def test_a_source_is_compared_with_a_local_file(cli: Cli, source: str, tmp_path: Path) -> None:
     (file,) = answer(cli("manifest", source, "--json"))["files"]
-    assert [chunk["length"] for chunk in file["chunks"]] == [8 << 20, 1 << 20]
+    assert [chunk["length"] for chunk in file["chunks"]] == [CHUNK] * (SIZE // CHUNK) + [SIZE % CHUNK]
     local = str(tmp_path / "weights.bin")
     assert answer(cli("manifest", local, source, "--json"))["bytes"] == SIZE
     unread = tmp_path / "unread.bin"

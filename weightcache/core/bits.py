@@ -20,3 +20,8 @@ def members_from_anywhere(mask: int, draw: random.Random) -> Iterator[int]:
     for member in members(mask >> start):
         yield start + member
     yield from members(mask & ((1 << start) - 1))
+
+
+def between(numbers: range) -> int:
+    """The set of some numbers that follow one another."""
+    return (1 << len(numbers)) - 1 << numbers.start

@@ -19,7 +19,6 @@ from weightcache.core.layout import CHUNK
 from weightcache.core.loads import Load
 from weightcache.core.outside import Outside
 from weightcache.core.peers import NEVER, Peers
-from weightcache.core.turns import ORIGIN_READ
 
 HEADER = 1  # the first chunk, as a set: a worker waits for it before anything else
 CHUNKS_SEEN = 16  # looked at in vain before a turn is given up
@@ -103,7 +102,7 @@ class Choice:
         return None
 
     def _run(self, load: Load, chunk: int, wanted: int, usable: int) -> list[int]:
-        """``chunk`` and the neighbours behind it that only the origin has, as far as one read goes."""
+        """``chunk`` and the neighbours that only the origin has, as far as one read goes."""
         if load.origin is Reach.STREAM:  # all of it passes by anyway
             return list(members(load.missing & ~load.local))
-        return load.run(chunk, wanted & ~load.spent & ~self._outside.kept(load, usable), usable, ORIGIN_READ)
+        return load.run(chunk, wanted & ~load.spent & ~self._outside.kept(load, usable), usable)

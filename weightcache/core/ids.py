@@ -13,7 +13,7 @@ from xxhash import xxh3_128
 
 ID_BYTES = 32
 CHECK_BYTES = 16
-PLAN_VERSION = 1  # part of every blob id: two plans of one object never meet in one swarm
+PLAN_VERSION = 2  # part of every blob id: two plans of one object never meet in one swarm
 NO_ID = bytes(ID_BYTES)  # in tables: the id is not known yet
 
 Buffer = bytes | bytearray | memoryview | mmap

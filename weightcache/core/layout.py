@@ -19,7 +19,7 @@ from typing import Any
 
 from weightcache.errors import FormatError
 
-CHUNK = 8 << 20  # no chunk is larger
+CHUNK = 2 << 20  # no chunk is larger
 CUT = 1 << 20  # a tensor this large starts a chunk of its own
 MAX_HEADER = 100_000_000  # safetensors' own limit on the JSON
 MAX_CHUNKS = 1 << 20  # of one blob; bounds what a manifest may claim

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Self
 
 from weightcache.core.bitmap import ChunkSet
@@ -230,15 +231,15 @@ class Load(Holders):
             self.progressed = now  # it is merely not its turn
         return now >= self.progressed + PATIENCE
 
-    def run(self, chunk: int, wanted: int, usable: int, limit: int) -> list[int]:
-        """``chunk`` and the ``wanted`` neighbours behind it that no ``usable`` peer has, up to ``limit`` bytes."""
-        run, size = [chunk], self.length(chunk)
-        for following in range(chunk + 1, len(self.plan)):
-            size += self.length(following)
-            if size > limit or not wanted >> following & 1 or self.holders[following] & usable:
-                break
-            run.append(following)
-        return run
+    def run(self, chunk: int, wanted: int, usable: int) -> list[int]:
+        """``chunk`` and the ``wanted`` neighbours that no ``usable`` peer has, as far as one read goes."""
+
+        def fits(other: int) -> bool:
+            return bool(wanted >> other & 1) and not self.holders[other] & usable
+
+        part = self.turns.part(chunk)
+        before = takewhile(fits, range(chunk - 1, part.start - 1, -1))
+        return [*reversed([*before]), chunk, *takewhile(fits, range(chunk + 1, part.stop))]
 
     def note(self, peer: Peer, why: str) -> None:
         """How ``peer`` failed, for the last word."""

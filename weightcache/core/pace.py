@@ -14,7 +14,7 @@ class Pace:
 
     def open(self, now: float) -> bool:
         """Whether more may be asked for."""
-        return self.free_at <= now + BURST
+        return self.free_at - BURST <= now  # in the very words of ``opens_at``: a sum would be rounded another way
 
     def spend(self, size: int, now: float) -> None:
         if self._rate is not None:

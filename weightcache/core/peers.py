@@ -19,7 +19,7 @@ from weightcache.core.events import Peer
 
 HOST_BYTES = 256 << 20  # peers that together owe this much are asked for no more,
 HOST_LEAST, HOST_SECONDS = 16 << 20, 1.0  # nor those that owe this much, and what takes them so long
-PEER_BYTES = 128 << 20  # a peer that owes this much is asked for no more: two chunks to each of eight processes
+PEER_BYTES = 128 << 20  # a peer that owes this much is asked for no more: 16 MiB to each of eight processes
 PEER_CHUNKS = 64
 PEER_SECONDS = 0.1  # nor one that owes what takes it this long
 UNPROVEN_CHUNKS = 2  # nor one that owes this many and never delivered any

@@ -20,15 +20,19 @@ is taken over there is what the line waits for.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from operator import attrgetter
 
-from weightcache.core.bits import members
+from weightcache.core.bits import between, members
 from weightcache.core.events import Peer, Reach
 from weightcache.core.homes import Homes
-from weightcache.core.layout import CHUNK, ChunkPlan
+from weightcache.core.layout import ChunkPlan
 from weightcache.core.neighbours import Crowd
 
-ORIGIN_READ = CHUNK  # bytes that one ranged read brings: a chunk, or a run of smaller neighbours
+ORIGIN_READ = 8 << 20  # bytes that one ranged read brings: a chunk, or a run of smaller neighbours
 SETTLE = 0.25  # seconds of idling before something is taken over: news of who reads what takes a moment
 DOUBLING = 0.5  # seconds in which the reach of an idle host doubles
 LOOK = 0.1  # seconds between two looks at what could be taken over
@@ -56,7 +60,6 @@ class Turns:
         self._seen = -1, 0  # the crowd's version, and those in it that may not be asked: what follows is of then
         self._homes: Homes | None = None  # until there is somebody else
         self._absent: list[Peer] = []  # who is no member for now
-        self._parts: list[int] = []  # the chunks of each
         self._home_parts = 0  # parts whose home is here,
         self._own = 0  # and their chunks
         self._reads = crowd.reads
@@ -111,6 +114,10 @@ class Turns:
         """Peers have all that is wanted."""
         self._idle, self.waits = None, False
 
+    def part(self, chunk: int) -> range:
+        """The chunks that one read can bring, ``chunk`` among them."""
+        return self._parts[bisect_right(self._parts, chunk, key=attrgetter("start")) - 1]
+
     @property
     def members(self) -> int:
         """How many load the blob, this host among them."""
@@ -155,6 +162,10 @@ class Turns:
 
     # -- books
 
+    @cached_property
+    def _parts(self) -> list[range]:
+        return [range(len(self._plan))] if self._origin is Reach.STREAM else parts(self._plan)
+
     def _seat(self, absent: int) -> None:
         """Whose share is it now? ``absent``: slots of those that may not be asked."""
         if self._seen == (self._crowd.version, absent):
@@ -164,7 +175,6 @@ class Turns:
         if not self.shared and self._homes is None:
             return
         if self._homes is None:
-            self._parts = [(1 << len(self._plan)) - 1] if self._origin is Reach.STREAM else parts(self._plan)
             self._homes = self._crowd.homes(len(self._parts))
         mine = self._homes.share(self._me)
         if self._absent:
@@ -181,14 +191,14 @@ class Turns:
     def _chunks(self, some: int) -> int:
         found = 0
         for part in members(some):
-            found |= self._parts[part]
+            found |= between(self._parts[part])
         return found
 
     def _learn(self, seconds: float) -> None:
         self._seconds += 0.3 * (seconds - self._seconds)
 
 
-def readers(plan: ChunkPlan, parts: Sequence[int]) -> int:
+def readers(plan: ChunkPlan, parts: Sequence[range]) -> int:
     """How many members of a swarm should read at once."""
     return max(1, READING * len(parts) // max(1, plan.size))
 
@@ -205,15 +215,12 @@ def _first(some: int, line: int, room: int) -> int:
     return found
 
 
-def parts(plan: ChunkPlan) -> list[int]:
-    """Neighbouring chunks that one read brings, as sets: the same on every host."""
-    found: list[int] = []
-    room = 0
-    for chunk in range(len(plan)):
-        _, length = plan.span(chunk)
+def parts(plan: ChunkPlan) -> list[range]:
+    """Neighbouring chunks that one read brings: the same on every host."""
+    firsts, room = [], 0
+    for chunk, length in enumerate(plan.lengths(0, len(plan))):
         if length > room:
-            found.append(0)
+            firsts.append(chunk)
             room = ORIGIN_READ
-        found[-1] |= 1 << chunk
         room -= length
-    return found
+    return [range(first, end) for first, end in pairwise([*firsts, len(plan)])]

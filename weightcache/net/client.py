@@ -60,7 +60,7 @@ PIECE = 1 << 20  # bytes taken from one connection in one turn, and hashed toget
 _SPARE_BUFFERS = 4  # kept for the next chunks
 # Answers are told when they are HELD bytes, or HELD_SECONDS old, or nothing else is due: each message costs the node a
 # turn, a commit and news to everyone, which for small chunks is more than the chunk itself.
-HELD, HELD_SECONDS = CHUNK, 0.003
+HELD, HELD_SECONDS = 8 << 20, 0.003
 _BATCH = 500  # answers in one message to the node
 _DETAIL = 200  # characters of a failure's detail
 

@@ -14,7 +14,7 @@ A chunk is (index, offset, length, expected id or b""). From it, besides answers
 
 One read is one attempt: when to try again, and whom to ask instead, is for the planner to say. What a read brings lies
 in its client's own memory until it has landed, or in buffers that are used again: fresh memory costs as much as hashing
-what is put into it.
+what is put into it. Its first chunks land while the last ones are on their way: other hosts wait for each of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import mmap
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,17 +37,18 @@ import uvloop
 
 from weightcache.config import OriginConfig
 from weightcache.core.events import Kind
-from weightcache.core.ids import Buffer
 from weightcache.core.landing import ChunkMismatch, Spent, land
-from weightcache.core.layout import CHUNK, ChunkPlan, plan_from_head
+from weightcache.core.layout import ChunkPlan, plan_from_head
 from weightcache.core.manifest import encode_manifest, encode_plan
 from weightcache.core.published import MAX_PUBLISHED_BYTES, check_head, decode_published, is_worth
 from weightcache.core.snapshot import FileEntry, decode_snapshot, encode_snapshot
 from weightcache.core.source import parse_source
+from weightcache.core.turns import ORIGIN_READ
 from weightcache.errors import OriginUnavailable, WeightcacheError, to_wire
 from weightcache.net.channel import close_all
 from weightcache.net.memory_file import memory_file, read_memory_file
 from weightcache.net.node_channel import ChannelClosed, NodeChannel
+from weightcache.node.arrivals import Arrivals, Chunk, Whole
 from weightcache.node.processes import usual_processes
 from weightcache.origin import Origins
 
@@ -55,7 +56,6 @@ BESIDE_SECONDS = 2.0  # that a published manifest may come later than the header
 LANDING_THREADS = max(2, usual_processes())  # hashing and writing release the interpreter's lock
 SPARE_BUFFERS = 4  # kept for the next reads
 REST_SECONDS = 1.0  # after the last of them until its memory is given back
-Chunk = tuple[int, int, int, bytes]
 Result = TypeVar("Result")
 
 
@@ -198,11 +198,21 @@ class Reader:
         lent: list[memoryview] = []
 
         def room(size: int) -> memoryview:
-            lent.append(self._buffers.pop() if self._buffers and size <= CHUNK else _buffer(max(size, CHUNK)))
+            spare = self._buffers and size <= ORIGIN_READ
+            lent.append(self._buffers.pop() if spare else _buffer(max(size, ORIGIN_READ)))
             return lent[-1][:size]
 
-        data = await self._origins.read(target.entry, begin, end, room)
-        await self._land(request, target, chunks, [_cut(data, at - begin, size) for _, at, size, _ in chunks], began)
+        arrivals = Arrivals(chunks, began)
+        landings: list[asyncio.Future[None]] = []
+
+        def came(piece: memoryview) -> None:
+            if whole := arrivals.add(piece, time.monotonic()):
+                landings.append(asyncio.ensure_future(self._land(request, target, whole, began)))
+
+        try:
+            await self._origins.read(target.entry, begin, end, room, came)
+        finally:
+            await asyncio.gather(*landings)
         # Only now: when it did not end well, a thread may still be at it.
         self._buffers += lent[: SPARE_BUFFERS - len(self._buffers)]
 
@@ -218,7 +228,7 @@ class Reader:
                 chunk = wanted.pop(0)
                 first = chunk[1] - at
                 data = bytes(memoryview(held)[first : first + chunk[2]])
-                await self._land(request, target, [chunk], [[data]], began)
+                await self._land(request, target, [(chunk, [memoryview(data)])], began)
                 del held[: first + chunk[2]]
                 at = chunk[1] + chunk[2]
             skip = min(len(held), (wanted[0][1] if wanted else target.entry.size) - at)
@@ -229,17 +239,15 @@ class Reader:
 
     async def _copy(self, request: int, target: _Target, chunk: Chunk, read: asyncio.Future[bytes]) -> None:
         began = time.monotonic()
-        await self._land(request, target, [chunk], [[await read]], began)
+        await self._land(request, target, [(chunk, [memoryview(await read)])], began)
 
-    async def _land(
-        self, request: int, target: _Target, chunks: Sequence[Chunk], data: Sequence[Sequence[Buffer]], began: float
-    ) -> None:
-        """Land chunks, each in some pieces, one after the other, up to the first that fails; tell of all at once."""
+    async def _land(self, request: int, target: _Target, chunks: Whole, began: float) -> None:
+        """Land chunks one after the other, up to the first that fails; tell of all at once."""
         fd = os.dup(target.fd)  # the blob may be closed while a thread still writes
         landed: list[list[Any]] = []
 
         def work() -> None:
-            for (index, offset, length, expected), pieces in zip(chunks, data, strict=True):
+            for (index, offset, length, expected), pieces in chunks:
                 spent = Spent()
                 try:
                     name, check = land(fd, offset, pieces, expected, spent=spent)
@@ -268,16 +276,6 @@ class Reader:
 def _buffer(size: int) -> memoryview:
     """Memory that counts from its first use on, and is given back when it is dropped: malloc's does neither."""
     return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-
-
-def _cut(pieces: Iterable[memoryview], begin: int, length: int) -> list[memoryview]:
-    """``length`` bytes from ``begin`` on, of bytes that lie in pieces."""
-    found = []
-    for piece in pieces:
-        if part := piece[max(0, begin) : max(0, begin + length)]:
-            found.append(part)
-        begin -= len(piece)
-    return found
 
 
 def _believed(found: bytes, entry: FileEntry, plan: ChunkPlan, head: bytes) -> bytes:

@@ -22,9 +22,11 @@ from weightcache.errors import (
 )
 
 PIECE = 1 << 20  # bytes: the most that ``stream`` yields at once
+PATIENCE = 0.05  # seconds after which what has come of a read is handed on, though more is due
 SLOWEST = 64 << 10  # bytes/s: an origin that trickles more slowly than this has failed
 
 Room = Callable[[int], memoryview]  # memory for so many bytes
+Came = Callable[[memoryview], None]  # is given the bytes of a read in order, as they come
 
 _TAG = re.compile(r'(?P<weak>W/)?"?(?P<tag>[\x21\x23-\x7e]{1,1000})"?')
 _LOGIN = {
@@ -47,11 +49,11 @@ class Origin(Protocol):
         """What the source is now: its files, with their sizes and versions."""
         ...
 
-    async def read(self, entry: FileEntry, begin: int, end: int, room: Room) -> list[memoryview]:
-        """Bytes [begin, end) of exactly that version, in order; all within ``entry.size``.
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room, came: Came) -> None:
+        """Bytes [begin, end) of exactly that version; all within ``entry.size``. It is over when all have come.
 
         They lie in what ``room`` gives, unless the origin's client has memory of its own. When this does not end well,
-        a thread may write into that room for a moment still.
+        a thread may write into that room, behind what has come, for a moment still.
         """
         ...
 
@@ -72,9 +74,11 @@ class Origin(Protocol):
         ...
 
 
-def fresh(size: int) -> memoryview:
-    """Room for what is read but now and then."""
-    return memoryview(bytearray(size))
+async def read_whole(origin: Origin, entry: FileEntry, begin: int, end: int) -> bytes:
+    """What ``Origin.read`` brings, in one: for small things."""
+    parts: list[memoryview] = []
+    await origin.read(entry, begin, end, lambda size: memoryview(bytearray(size)), parts.append)
+    return b"".join(parts)
 
 
 def version_of(tag: str | None, modified: datetime | None) -> str:

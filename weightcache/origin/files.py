@@ -18,7 +18,7 @@ from weightcache.core.published import beside
 from weightcache.core.snapshot import FileEntry, Snapshot, check_path
 from weightcache.core.source import Source
 from weightcache.errors import SourceDenied, SourceError, SourceNotFound
-from weightcache.origin.base import PIECE, Room, check_state, one_file, too_long, tree, unavailable, unpermitted
+from weightcache.origin.base import PIECE, Came, Room, check_state, one_file, too_long, tree, unavailable, unpermitted
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # opening a pipe or a terminal must not block or act
 
@@ -32,10 +32,10 @@ class FileOrigin:
     async def resolve(self, source: Source) -> Snapshot:
         return await asyncio.to_thread(self._resolve, source)
 
-    async def read(self, entry: FileEntry, begin: int, end: int, room: Room) -> list[memoryview]:
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room, came: Came) -> None:
         buffer = room(end - begin)
         await asyncio.to_thread(self._read, entry, begin, buffer)
-        return [buffer]
+        came(buffer)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         for begin in range(0, entry.size, PIECE):

@@ -17,6 +17,7 @@ from weightcache.core.source import Source, parse_source
 from weightcache.errors import SourceError
 from weightcache.origin import web
 from weightcache.origin.base import (
+    Came,
     Room,
     allowance,
     changed,
@@ -65,7 +66,7 @@ class HttpOrigin:
                 raise refused(source, response.status, retry_after=web.retry_after(response))
             return one_file(source, _entry(source, web.read_answer(source, response), ranged=False))
 
-    async def read(self, entry: FileEntry, begin: int, end: int, room: Room) -> list[memoryview]:
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room, came: Came) -> None:
         headers = {"Range": f"bytes={begin}-{end - 1}", **_condition(entry)}
         async with self._get(entry.source, headers) as response:
             answer = _checked(entry, response)
@@ -73,8 +74,7 @@ class HttpOrigin:
                 got = f"bytes {answer.begin} to {answer.end}"
                 raise SourceError(f"{entry.source.public}: asked for bytes {begin} to {end}, its server answers {got}")
             buffer = room(end - begin)
-            await web.fill(entry.source, response, 0, buffer, allowance(self._timeout, len(buffer)))
-            return [buffer]
+            await web.fill(entry.source, response, 0, buffer, allowance(self._timeout, len(buffer)), came)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         async with self._get(entry.source, _condition(entry)) as response:

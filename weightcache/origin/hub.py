@@ -29,13 +29,14 @@ from weightcache.core.source import Source
 from weightcache.errors import SourceDenied, SourceError, SourceNotFound, WeightcacheError
 from weightcache.origin import web
 from weightcache.origin.base import (
+    Came,
     Room,
     allowance,
     changed,
     check_count,
     check_size,
     check_state,
-    fresh,
+    read_whole,
     refused,
     too_long,
     unavailable,
@@ -81,7 +82,7 @@ class HubOrigin:
         folder = folder_name(source)
         return Snapshot(source, folder, commit, tuple(files), time.time(), immutable=pinned, single=bool(named))
 
-    async def read(self, entry: FileEntry, begin: int, end: int, room: Room) -> list[memoryview]:
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room, came: Came) -> None:
         async with self._get(entry, {"Range": f"bytes={begin}-{end - 1}"}) as (response, answer):
             whole = (answer.begin, answer.end) == (0, entry.size)
             # The hub may answer with all of a small file that lies in git itself; a CDN never should.
@@ -90,8 +91,7 @@ class HubOrigin:
                 raise SourceError(f"{entry.source.public}: asked for bytes {begin} to {end}, the hub answers {got}")
             time_limit = allowance(self._timeout, answer.end - answer.begin)
             buffer = room(end - begin)
-            await web.fill(entry.source, response, begin - answer.begin, buffer, time_limit)
-            return [buffer]
+            await web.fill(entry.source, response, begin - answer.begin, buffer, time_limit, came)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         async with self._get(entry, {}) as (response, answer):
@@ -107,7 +107,7 @@ class HubOrigin:
             return None
         if found.size > limit:
             raise too_long(found.source, limit)
-        return b"".join(await self.read(found, 0, found.size, fresh)) if found.size else b""
+        return await read_whole(self, found, 0, found.size) if found.size else b""
 
     async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
         raise unwritable(entry, "nothing is written to a hub: that would be another commit")

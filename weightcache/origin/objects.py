@@ -25,6 +25,7 @@ from weightcache.core.source import Source
 from weightcache.errors import SourceDenied, SourceError, SourceNotFound
 from weightcache.origin.base import (
     PIECE,
+    Came,
     Room,
     allowance,
     broke_off,
@@ -89,8 +90,7 @@ class ObjectOrigin:
                 return one_file(source, _entry(source, source.path.rpartition("/")[2], meta, digest))
         return tree(source, _files(source, await self._list(store, source)))
 
-    async def read(self, entry: FileEntry, begin: int, end: int, room: Room) -> list[memoryview]:
-        found: list[memoryview] = []
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room, came: Came) -> None:
         left = end - begin
         with _errors(entry.source, entry):
             async with asyncio.timeout(allowance(self._timeout, left)):
@@ -99,10 +99,10 @@ class ObjectOrigin:
                     raise SourceError(f"{entry.source.public}: asked for {(begin, end)}, it answers {result.range}")
                 # In pieces, which are kept as they are: what it collects into one of 8 MiB is there twice meanwhile.
                 async for part in result.stream(min_chunk_size=GATHERED):
-                    found.append(memoryview(part)[:left])
-                    left -= len(found[-1])
+                    came(piece := memoryview(part)[:left])
+                    left -= len(piece)
                     if not left:  # more than an honest answer is given up
-                        return found
+                        return
         raise broke_off(entry.source, end - begin - left, end - begin)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:

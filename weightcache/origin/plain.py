@@ -14,14 +14,18 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from http.client import HTTPConnection, HTTPResponse
+from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 from multidict import CIMultiDict
+
+from weightcache.origin.base import PATIENCE
 
 if TYPE_CHECKING:
     from yarl import URL
 
 IDLE = 8  # connections kept to one server
+AT_ONCE = 256 << 10  # bytes waited for before the clock is looked at
 Result = TypeVar("Result")
 
 
@@ -41,15 +45,14 @@ class PlainReply:
         return self._response.isclosed() and not self._response.will_close
 
     async def take(self, buffer: memoryview) -> int:
-        """The next bytes of the body; fewer than ``buffer`` holds only at its end.
-
-        When it is cancelled, a thread may write into ``buffer`` for a moment still.
-        """
+        """As ``web.Reply`` says. When it is cancelled, a thread may write into ``buffer`` for a moment still."""
 
         def read() -> int:
-            at = 0
-            while at < len(buffer) and (count := self._response.readinto(buffer[at:])):
+            at, until = 0, monotonic() + PATIENCE
+            while at < len(buffer) and (count := self._response.readinto(buffer[at : at + AT_ONCE])):
                 at += count
+                if monotonic() > until:
+                    break
             if self._response.length == 0:
                 self._response.close()  # else only a read past the end would tell that this was it
             return at

@@ -14,7 +14,7 @@ from weightcache.core.published import MAX_PUBLISHED_BYTES, beside, differs
 from weightcache.core.snapshot import FileEntry, Snapshot
 from weightcache.core.source import Source
 from weightcache.errors import SourceDenied
-from weightcache.origin.base import Origin, Room, fresh, pieces, unwritable
+from weightcache.origin.base import Came, Origin, Room, pieces, read_whole, unwritable
 from weightcache.origin.policy import Policy
 
 FIRST_READ = 256 << 10  # bytes: holds the header of nearly every file, and most small files whole
@@ -54,18 +54,14 @@ class Origins:
         self._keep(entry.blob, start)
         return start[:length] if length else None
 
-    async def read(self, entry: FileEntry, begin: int, end: int, room: Room = fresh) -> list[memoryview]:
-        """Bytes [begin, end) of exactly that version, in order; one attempt. What ``head`` kept is not read.
-
-        ``room`` gives the memory, where there is none yet; a thread may write into it for a moment still when this does
-        not end well.
-        """
+    async def read(self, entry: FileEntry, begin: int, end: int, room: Room, came: Came) -> None:
+        """Bytes [begin, end) of exactly that version, as ``Origin`` says. What ``head`` kept is not read."""
         backend = self._backend(entry.source)
         start = memoryview(self._starts.get(entry.blob, b""))[begin:end]
-        if len(start) == end - begin:
-            return [start]
-        rest = await backend.read(entry, begin + len(start), end, room)
-        return [start, *rest] if start else rest
+        if start:
+            came(start)
+        if len(start) < end - begin:
+            await backend.read(entry, begin + len(start), end, room, came)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         """The whole of that version from byte 0, in pieces of at most 1 MiB: for entries that are not ``ranged``."""
@@ -127,7 +123,7 @@ class Origins:
         if length <= len(known):
             return known
         if entry.ranged:
-            return known + b"".join(await backend.read(entry, len(known), length, fresh))
+            return known + await read_whole(backend, entry, len(known), length)
         data = bytearray()
         async with aclosing(backend.stream(entry)) as stream:
             async for piece in stream:

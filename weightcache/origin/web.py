@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, InvalidURL
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 from urllib.request import getproxies, proxy_bypass
 
 from weightcache.core.source import Source
 from weightcache.errors import SourceError, WeightcacheError
-from weightcache.origin.base import PIECE, broke_off, check_size, unavailable
+from weightcache.origin.base import PATIENCE, PIECE, Came, broke_off, check_size, unavailable
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -61,7 +62,7 @@ class Reply(Protocol):
     def content_length(self) -> int | None: ...
 
     async def take(self, buffer: memoryview) -> int:
-        """The next bytes of the body; fewer than ``buffer`` holds only at its end."""
+        """The next bytes of the body: as many as ``buffer`` holds, or as come within PATIENCE; none at its end."""
         ...
 
 
@@ -75,10 +76,12 @@ class _SessionReply:
         self._content = response.content
 
     async def take(self, buffer: memoryview) -> int:
-        at = 0
+        at, until = 0, monotonic() + PATIENCE
         while at < len(buffer) and (part := await self._content.read(len(buffer) - at)):
             buffer[at : at + len(part)] = part
             at += len(part)
+            if monotonic() > until:
+                break
         return at
 
 
@@ -192,24 +195,29 @@ def retry_after(response: Reply) -> float | None:
     return min(max(seconds, 0.0), LONGEST_WAIT)
 
 
-async def fill(source: Source, response: Reply, skip: int, buffer: memoryview, seconds: float) -> None:
-    """Fill ``buffer`` from a body, after ``skip`` bytes; what follows is not read.
+async def fill(
+    source: Source, response: Reply, skip: int, buffer: memoryview, seconds: float, came: Came = lambda _: None
+) -> None:
+    """Fill ``buffer`` from a body, after ``skip`` bytes; what follows is not read. ``came`` is given each part of it.
 
     Raises OriginUnavailable when the body ends early, or takes longer than ``seconds``.
     """
+    at = 0
     with errors(source):
         async with asyncio.timeout(seconds):
-            if skip:
-                await response.take(memoryview(bytearray(skip)))
-            count = await response.take(buffer)
-    if count < len(buffer):
-        raise broke_off(source, count, len(buffer))
+            while skip and (count := await response.take(memoryview(bytearray(skip)))):
+                skip -= count
+            while at < len(buffer) and (count := await response.take(buffer[at:])):
+                came(buffer[at : at + count])
+                at += count
+    if at < len(buffer):
+        raise broke_off(source, at, len(buffer))
 
 
 async def flow(source: Source, response: Reply, length: int) -> AsyncGenerator[memoryview, None]:
     """A body of exactly ``length`` bytes, in pieces of at most PIECE bytes."""
-    at, count = 0, FLOW
-    while count == FLOW:
+    at, count = 0, -1
+    while count:
         piece = memoryview(bytearray(FLOW))
         with errors(source):
             count = await response.take(piece)
