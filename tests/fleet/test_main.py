@@ -145,9 +145,9 @@ def test_workers_of_every_host_read_the_same_tensors(fleet: Fleet, s3: S3Server,
 
 
 def test_a_tensor_is_usable_while_the_rest_is_on_its_way(s3: S3Server, tmp_path: Path) -> None:
-    data = tensors(6, ORIGIN_READ)  # each of them a chunk
+    data = tensors(24, ORIGIN_READ // 4)  # several of them in one read
     s3.put("main", "arriving.safetensors", data)
-    s3.proxy.stall(r"arriving\.safetensors$", after=NEVER, times=3)  # its version, the header and one tensor pass,
+    s3.proxy.stall(r"arriving\.safetensors$", after=NEVER, times=3)  # its version, the header and one read pass,
     s3.proxy.stall(r"arriving\.safetensors$", times=1000)  # all others wait
     host = Daemon(tmp_path / "a")
     with host, Worker(tmp_path / "log", host.worker_env) as worker:
