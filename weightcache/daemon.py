@@ -17,7 +17,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 from aiohttp import web
@@ -53,6 +53,7 @@ MAX_BODY = 1 << 20
 
 _NODE = web.AppKey("node", Node)
 _UNDER_WAY = web.AppKey("under_way", set["asyncio.Task[Any]"])  # requests
+_BEGUN = "begun"  # of a request: the stream that is its answer
 _STATUS: tuple[tuple[type[WeightcacheError], int], ...] = (
     (SourceNotFound, 404),
     (UnknownBlob, 404),
@@ -118,7 +119,10 @@ async def _errors(
     except WeightcacheError as error:
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
         _log_failure(request, error)
-        return web.json_response(_error(error), status=status)
+        if (begun := request.get(_BEGUN)) is None:
+            return web.json_response(_error(error), status=status)
+        await _say(begun, {"event": "error"} | _error(error))
+        return cast(web.StreamResponse, begun)
     finally:
         request.app[_UNDER_WAY].discard(task)
 
@@ -264,6 +268,7 @@ def _show(entry: FileEntry, manifest: Manifest) -> Json:
 async def _lines(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
+    request[_BEGUN] = response
     return response
 
 
@@ -299,9 +304,7 @@ async def _load(request: web.Request) -> web.StreamResponse:
         await loading.opened(single=bool(body["single"]))  # what fails before the first byte has a status of its own
         response = await _lines(request)
         await _say(response, loading.describe())
-        report = await _finished(request, response, loading, news, arrived)
-        if report is None:
-            return response
+        report = await _finished(response, loading, news, arrived)
         await _tell_once(response, news)
         told = report.to_json()
         _log_load(told)
@@ -329,8 +332,7 @@ async def _publish(request: web.Request) -> web.StreamResponse:
         files = node.publisher.files(await loading.opened())
         response = await _lines(request)
         await _say(response, loading.progress() | {"event": "publishing", "files": len(files)})
-        if await _finished(request, response, loading, {}, arrived) is None:
-            return response
+        await _finished(response, loading, {}, arrived)
         for entry in files:
             outcome = await node.publisher.publish(entry, place, force=bool(body["force"]))
             await _say(response, {"event": "file"} | outcome)
@@ -338,21 +340,14 @@ async def _publish(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _finished(
-    request: web.Request, response: web.StreamResponse, loading: Loading, news: News, arrived: asyncio.Event
-) -> Report | None:
-    """Wait for a load, and tell of it meanwhile; None: it failed, and that is told, too."""
+async def _finished(response: web.StreamResponse, loading: Loading, news: News, arrived: asyncio.Event) -> Report:
+    """Wait for a load, and tell of it meanwhile."""
     teller = asyncio.ensure_future(_tell(response, loading.progress, news, arrived))
     try:
         return await loading.finished()
-    except WeightcacheError as error:
-        failed = error
     finally:
         teller.cancel()
         await asyncio.gather(teller, return_exceptions=True)
-    _log_failure(request, failed)
-    await _say(response, {"event": "error"} | _error(failed))
-    return None
 
 
 async def _tell(response: web.StreamResponse, progress: Callable[[], Json], news: News, arrived: asyncio.Event) -> None:

@@ -14,7 +14,12 @@ from tests.fleet.weights import tensors
 from tests.fleet.workers import Worker
 from tests.servers.loop import wait_until
 from tests.servers.s3 import S3Server
+from tests.store.support import content, fill
+from weightcache import SyncClient
+from weightcache.config import Config
 from weightcache.core.turns import ORIGIN_READ
+from weightcache.errors import StoreError
+from weightcache.store import Store
 
 COUNT = 4
 WORKERS = 20
@@ -142,3 +147,18 @@ def test_many_workers_of_a_daemon_are_one_load(s3: S3Server, tmp_path: Path) -> 
         with host.client() as client:
             wait_until(lambda: client.ls()["blobs"][0]["leases"] == 0, 10, "all leases to end")
             assert client.status()["loads"] == []
+
+
+def test_what_fails_in_the_middle_of_a_stream_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(tmp_path / "store")
+    fill(store, content("model", 1 << 20))
+    store.close()
+
+    def unreadable(*_: object, **__: object) -> Iterator[tuple[int, bool]]:
+        raise StoreError("the disk is on fire")
+
+    monkeypatch.setattr(Store, "scrub", unreadable)
+    with SyncClient(Config(store=tmp_path / "store", socket=tmp_path / "sock")) as client:
+        with pytest.raises(StoreError, match="the disk is on fire"):
+            client.verify()
+        assert len(client.ls()["blobs"]) == 1

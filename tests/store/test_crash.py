@@ -193,6 +193,27 @@ def test_an_index_cut_short_is_moved_aside(root: Path, open_store: Opener, kept:
     assert fill(store, content("model", CHUNK * 200))
 
 
+def test_blobs_of_another_chunk_plan_go_and_the_store_works_on(
+    root: Path, open_store: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = content("model", CHUNK * 40)
+    store = open_store()
+    fill(store, made)
+    node = store.node_id
+    with store._index._write() as txn:
+        txn.delete(b"plan", db=store._index._meta)  # as the first version left it
+    store.close()
+    store = open_store()
+    assert (store.blobs(), store.node_id) == ([], node)
+    assert [path for path in (root / "blobs").rglob("*") if path.is_file()] == []
+    assert "1 blobs have chunk plan 1" in caplog.text
+    assert fill(store, made)
+    store.close()
+    caplog.clear()
+    assert [info.blob for info in open_store().blobs()] == [made.blob]
+    assert not caplog.text
+
+
 def test_a_store_of_another_format_is_refused_and_left_alone(root: Path, open_store: Opener) -> None:
     store = open_store()
     fill(store, content("model", CHUNK))

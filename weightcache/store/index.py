@@ -29,7 +29,7 @@ import lmdb.verify
 from blake3 import blake3
 from xxhash import xxh3_64_digest
 
-from weightcache.core.ids import ID_BYTES
+from weightcache.core.ids import ID_BYTES, PLAN_VERSION
 from weightcache.core.snapshot import Snapshot, decode_snapshot, encode_snapshot
 from weightcache.core.source import Source
 from weightcache.errors import FormatError, StoreError
@@ -61,7 +61,7 @@ class Index:
     def __init__(self, path: Path, env: lmdb.Environment) -> None:
         self.path = path
         self.blobs: dict[bytes, Loaded] = {}  # as read at open
-        self.restarted = False  # an older index was damaged: whatever else is on disk belongs to nobody
+        self.restarted = False  # an older index was damaged, or of another plan: what else is on disk belongs to nobody
         self._env = env
         self._lock = threading.Lock()  # LMDB's own locking is off: one process, and this
         self._meta, self._blobs, self._segments, self._links, self._snapshots = (
@@ -114,6 +114,7 @@ class Index:
             found = txn.get(b"format", db=self._meta)
             if found is None:
                 txn.put(b"format", FORMAT, db=self._meta)
+                txn.put(b"plan", str(PLAN_VERSION).encode(), db=self._meta)
                 txn.put(b"node", os.urandom(16), db=self._meta)
             elif found != FORMAT:
                 raise StoreError(
@@ -124,6 +125,7 @@ class Index:
             if node is None or len(node) != 16:
                 raise FormatError("no node id")
             self.node_id: bytes = node
+            self._drop_other_plans(txn)
             owners: dict[int, Loaded] = {}
             for key, row in txn.cursor(self._blobs):
                 record = BlobRecord.decode(unseal(key, row))
@@ -138,6 +140,19 @@ class Index:
         for serial in orphans:  # of blobs that were being removed when the process died
             while self.sweep(serial):
                 pass
+
+    def _drop_other_plans(self, txn: Any) -> None:
+        """Forget blobs that are cut as another version cuts: nobody asks for their ids any more."""
+        ours = str(PLAN_VERSION).encode()
+        theirs = txn.get(b"plan", db=self._meta, default=b"1")  # the first version did not say
+        if theirs != ours:
+            if blobs := txn.stat(self._blobs)["entries"]:
+                plans = f"chunk plan {theirs.decode(errors='replace')}, this version uses {PLAN_VERSION}"
+                log.warning("%s: %d blobs have %s: they go, and come again when asked for", self.path, blobs, plans)
+            for rows in (self._blobs, self._links, self._places):
+                txn.drop(rows, delete=False)
+            self.restarted = True
+            txn.put(b"plan", ours, db=self._meta)
 
     def _load_segments(self, txn: Any, owners: dict[int, Loaded]) -> set[int]:
         totals = dict.fromkeys(owners, (0, 0))
