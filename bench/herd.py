@@ -47,8 +47,8 @@ ABOUT = (
     "nominal rate (headers take 4% of it). Daemons have loaded something before, and start this load within "
     "milliseconds of one another. Every host's bytes are compared with the object's. Medians over rounds."
 )
-BOUND, COLD, ALONE, TORRENT = "bound", "all cold", "without peers", "libtorrent"
-ONE_WARM, ONE_COLD = "1 warm, 7 cold", "7 warm, 1 cold"
+BOUND, COLD, ALONE, TORRENT = "limit: the bound", "weightcache, all cold", "without peers", "libtorrent"
+ONE_WARM, ONE_COLD = "weightcache, 1 warm", "weightcache, 7 warm"
 
 
 def herd(run: Run) -> Table:

@@ -16,7 +16,7 @@ def simulate(
     as_json: bool,
     hosts: Annotated[int, typer.Option("--hosts", metavar="N", help="that load")] = 8,
     size: Annotated[int, typer.Option("--size", parser=parse_size, metavar="SIZE", help="of the object")] = "300MB",  # type: ignore[assignment]
-    chunk: Annotated[int, typer.Option("--chunk", parser=parse_size, metavar="SIZE", help="of a chunk")] = "8MiB",  # type: ignore[assignment]
+    chunk: Annotated[int, typer.Option("--chunk", parser=parse_size, metavar="SIZE", help="of a chunk")] = "2MiB",  # type: ignore[assignment]
     link: Annotated[str, typer.Option("--link", metavar="RATE", help="of each host, each way")] = "400mbit",
     origin: Annotated[str, typer.Option("--origin", metavar="RATE", help="of the origin, for all")] = "400mbit",
     latency: Annotated[float, typer.Option("--latency", metavar="SECONDS", help="of a message")] = 0.0005,

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from weightcache.core.events import Reach
-from weightcache.core.layout import ChunkPlan
+from weightcache.core.layout import CHUNK, ChunkPlan
 from weightcache.core.neighbours import FEW, RINGS
 from weightcache.errors import ConfigError, WeightcacheError
 from weightcache.tools.show import human
@@ -38,7 +38,7 @@ class Scenario:
 
     hosts: int = 8
     size: int = 300_000_000
-    chunk: int = 8 << 20
+    chunk: int = CHUNK
     link: float = 50e6
     origin: float = 50e6
     latency: float = 0.0005

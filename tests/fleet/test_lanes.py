@@ -67,7 +67,7 @@ def test_the_work_is_split_between_all_processes(s3_server: S3Server, data: byte
 
         # What they count is added up, once each has told: within a second.
         wait_until(lambda: sum(moved(a)["sent"].values()) == 2 * len(data), 10, "what was sent")
-        assert sum(moved(b)["peer"].values()) == 2 * len(data)
+        assert (moved(a)["sent"], moved(b)["peer"]) == ({b.address: 2 * len(data)}, {a.address: 2 * len(data)})
         metrics = urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
         found = dict(line.split() for line in metrics.splitlines() if line[0] != "#")
         assert float(found["weightcache_sent_bytes_total"]) == 2 * len(data)

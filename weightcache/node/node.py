@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -316,6 +317,9 @@ class Node:
         blobs = self.store.blobs()
         complete = sum(info.state == "complete" for info in blobs)
         moved = self.transfers.moved
+        sent: Counter[str] = Counter()
+        for peer, size in self.serving.sent.items():
+            sent[self.transfers.name(peer)] += size
         return {
             "version": __version__,
             "node": self.store.node_id.hex(),
@@ -342,7 +346,7 @@ class Node:
                 "members": len(self._directory.view()) if self._directory is not None else 0,
                 "trouble": self.swarm.rolls.registry.trouble if self.swarm.rolls.registry is not None else "",
             },
-            "moved": {"origin": moved.origin, "peer": moved.peers, "local": moved.local, "sent": self.serving.sent},
+            "moved": {"origin": moved.origin, "peer": moved.peers, "local": moved.local, "sent": sent},
             "processes": {
                 "send": pids(self.serving.processes),
                 "recv": pids(self._receivers.processes),
@@ -366,7 +370,7 @@ class Node:
                     "why": self.trust.why(peer.id),
                     "bytes_per_second": round(self.transfers.rate(peer.id)),
                     "received": self.transfers.moved.peers.get(peer.name, 0),
-                    "sent": self.serving.sent.get(peer.id.hex(), 0),
+                    "sent": self.serving.sent.get(peer.id, 0),
                 }
             )
         rows += [

@@ -82,7 +82,7 @@ class Serving:
         self._accepting: asyncio.Task[None] | None = None
         self._news: dict[bytes, list[tuple[int, bytes]]] = {}
         self._loop = asyncio.get_running_loop()
-        self.sent: dict[str, int] = {}  # bytes, by peer id in hex
+        self.sent: dict[bytes, int] = {}  # bytes, by peer
 
     @property
     def processes(self) -> list[BulkProcess]:
@@ -164,7 +164,7 @@ class Serving:
                     future.set_result(None)
             case ["sent", counts]:
                 for peer, size in counts.items():
-                    self.sent[peer.hex()] = self.sent.get(peer.hex(), 0) + size
+                    self.sent[peer] = self.sent.get(peer, 0) + size
             case ["connections", count]:
                 sender.connections = count
             case ["fault", blob, chunk, why]:

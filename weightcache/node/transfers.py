@@ -125,7 +125,7 @@ class Transfers:
             self._feed(PeerPardoned(peer))
         why = f"what it told of {entry.source.public} is not what its origin has"
         for peer in tellers:
-            self._trust.lied(peer, self._name(peer), why)
+            self._trust.lied(peer, self.name(peer), why)
 
     def rate(self, peer: bytes) -> float:
         """Bytes per second that a peer delivered lately."""
@@ -162,7 +162,7 @@ class Transfers:
         """Have the planner see to what is missing."""
         reach = Reach.RANGED if coming.entry.ranged else Reach.STREAM
         stated = {**dict.fromkeys(coming.shared, State()), **peers}
-        known = [(peer, coming.stated(peer, self._name(peer), state)) for peer, state in stated.items()]
+        known = [(peer, coming.stated(peer, self.name(peer), state)) for peer, state in stated.items()]
         known.append((SOON, self._kin.soon(coming)))
         readers = [(peer, state.reads) for peer, state in peers.items() if state.reads is not None]
         plan, local = coming.manifest.plan, sorted(coming.local)
@@ -194,7 +194,7 @@ class Transfers:
         if state is None:
             shared = ChunkSet(len(coming.manifest), coming.shared.get(peer, ()))
             self._feed(PeerHas(peer, blob, shared), PeerQuits(peer, blob))
-        elif (chunks := coming.stated(peer, self._name(peer), state)) is None:
+        elif (chunks := coming.stated(peer, self.name(peer), state)) is None:
             self._feed(PeerHas(peer, blob, None))
         else:
             joins = [] if state.reads is None else [PeerReads(peer, blob, state.reads)]
@@ -304,9 +304,9 @@ class Transfers:
         coming = self._incoming.get(blame.blob)
         why = f"{blame.kind}: {blame.detail}" if blame.detail else str(blame.kind)
         if isinstance(blame.via, bytes) and blame.via != self._store.node_id:
-            who = f"peer {self._name(blame.via)}"
+            who = f"peer {self.name(blame.via)}"
             if blame.kind in LIES:
-                self._trust.lied(blame.via, self._name(blame.via), why)
+                self._trust.lied(blame.via, self.name(blame.via), why)
         else:
             who = "origin" if blame.via is Via.ORIGIN else "a copy on this disk"
         rest = f"; left alone for {blame.rest:.1f} s" if blame.rest else ""
@@ -314,7 +314,8 @@ class Transfers:
             coming.tally.note(f"{who}: {why}{rest}")
         log.warning("source failed", extra=fields(blob=short(blame.blob), via=who, why=why, rest=round(blame.rest, 3)))
 
-    def _name(self, peer: bytes) -> str:
+    def name(self, peer: bytes) -> str:
+        """A peer as people know it: its address, or what its id begins with."""
         known = self._peers.get(peer)
         return known.name if known is not None else peer.hex()[:8]
 
@@ -375,7 +376,7 @@ class Transfers:
 
     def _had_now(self, coming: Incoming, chunk: int, row: Landed) -> None:
         again = coming.take(chunk, row)
-        where = self._name(row.via) if isinstance(row.via, bytes) else row.via
+        where = self.name(row.via) if isinstance(row.via, bytes) else row.via
         for tally in (coming.tally, self.moved):
             tally.count(where, row.length, row.hashing, row.writing)
         begin, length = coming.manifest.plan.span(chunk)
@@ -403,7 +404,7 @@ class Transfers:
         if kind == Kind.MISMATCH:
             coming.accused.add(peer)
         elif kind in (Kind.MISSING, Kind.UNKNOWN):
-            coming.tally.note(f"peer {self._name(peer)}: {kind}: it has not got what it said it had")
+            coming.tally.note(f"peer {self.name(peer)}: {kind}: it has not got what it said it had")
             if coming.shared.get(peer, {}).pop(chunk, None) is not None:
                 return Kind.MISSING  # of this blob it may have all the rest
         return kind
@@ -413,7 +414,7 @@ class Transfers:
         if coming.teller is None and not coming.alone:
             self._disown(coming, detail)
             return
-        tellers = ", ".join(sorted(map(self._name, coming.claims))) or "whoever published it"
+        tellers = ", ".join(sorted(map(self.name, coming.claims))) or "whoever published it"
         log.error("manifest contradicts the origin", extra=fields(blob=short(coming.blob), tellers=tellers, why=detail))
         self.contradicted(coming.entry, coming.claims, coming.accused)
         self._feed(LoadRemoved(coming.blob))
