@@ -36,6 +36,7 @@ TABLES = {
     "link": ("bench.link", "over a link shaped to 1 Gbit/s; needs root"),
     "herd": ("bench.herd", "8 hosts at once, beside libtorrent and no peers; needs root, takes minutes"),
     "herd-disturbed": ("bench.herd", "the same with one host killed, slow, corrupt; needs root, takes minutes"),
+    "simulated": ("bench.simulated", "fleets of 8 to 10,000 hosts in virtual time; takes many minutes of every core"),
     "warm": ("bench.load", "load_file from the page cache, beside safetensors"),
     "stream": ("bench.stream", "stream_file and the ring, beside the bound, safetensors, Run:ai and others"),
     "stream-cold": ("bench.cold", "stream_snapshot from a peer over a link shaped to 1 Gbit/s; needs root"),
@@ -44,7 +45,7 @@ TABLES = {
     "landing": ("bench.landing", "ways to move a chunk from process to process"),
     "dirty": ("bench.dirty", "a pull of three times the kernel's dirty limit"),
 }
-ONLY_WHEN_NAMED = ("dirty", "herd", "herd-disturbed")
+ONLY_WHEN_NAMED = ("dirty", "herd", "herd-disturbed", "simulated")
 
 
 def measure(name: str, run: Run) -> Table:

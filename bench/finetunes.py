@@ -23,7 +23,7 @@ HOSTS = 3
 ABOUT = (
     "Network: bodies that left the S3 server (headers and manifests, too) and bytes from peers. Distinct: what hosts "
     "must get if each gets each different chunk of what it loads once. Control messages between peers are not counted: "
-    "for a fine-tune some 40 bytes a chunk of at most 8 MiB. Each host's manifests come from beside the objects."
+    "for a fine-tune some 40 bytes a chunk of at most 2 MiB. Each host's manifests come from beside the objects."
 )
 Reports = list[dict[str, object]]
 
