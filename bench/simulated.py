@@ -29,7 +29,7 @@ COLUMNS = (
 )
 ABOUT = (
     "Network, origin and clock are simulated. 8 hosts: links and origin of 400 Mbit/s, as in 'herd'. 24 and 12 GB: "
-    "links of 100 Gbit/s, 40 for the origin; the former has four components, of which the first is needed first. Churn: "
+    "links of 100 Gbit/s, 40 for the origin; the former has four components, needed one after the other. Churn: "
     "each second 1% of the hosts leave and as many join; 2% have a tenth of the link. 1 GiB: links of 10 Gbit/s, 4 for "
     "the origin. 512 MiB: links of 100 Gbit/s; so small an object comes in the time of a few messages: that grows."
 )
