@@ -14,7 +14,7 @@ from tests.core.virtual import World
 from weightcache.core import turns as rules
 from weightcache.core.bitmap import ChunkSet
 from weightcache.core.bits import members
-from weightcache.core.events import Done, Event, Fetch, LoadAdded, PeerQuits, PeerReads, Reach
+from weightcache.core.events import Cancel, Done, Event, Fetch, LoadAdded, PeerQuits, PeerReads, Reach
 from weightcache.core.homes import Homes
 from weightcache.core.layout import CHUNK, ChunkPlan
 from weightcache.core.planner import Planner
@@ -142,6 +142,20 @@ def test_a_large_swarm_reads_in_order_and_not_all_at_once() -> None:
     assert not asks(LoadAdded(b"later", plan, ChunkSet(400), 2, Reach.RANGED), 0.0)  # that one has no line: it waits
     begun = [chunk for peer in peers[:many] for chunk in asks(PeerReads(peer, b"blob", ()), 0.01)]
     assert begun == [112]  # of its share the first that nobody has begun
+
+
+@pytest.mark.parametrize(
+    ("other", "later", "gives_way"), [(b"a", 0.01, True), (b"z", 0.01, False), (b"a", rules.SETTLE + 0.1, False)]
+)
+def test_of_two_that_begin_to_read_the_same_at_once_one_gives_way(other: bytes, later: float, gives_way: bool) -> None:
+    planner = Planner(seed=1, me=b"m")
+    plan = ChunkPlan(40 * CHUNK, range(0, 40 * CHUNK, CHUNK))
+    actions = planner.handle(LoadAdded(b"blob", plan, ChunkSet(40), 1, Reach.RANGED), 0.0)
+    first, second = (action for action in actions if isinstance(action, Fetch))
+    actions = planner.handle(PeerReads(other, b"blob", first.chunks[1:]), later)
+    assert [action for action in actions if isinstance(action, Cancel)] == [Cancel(first.request)] * gives_way
+    asked = {chunk for action in actions if isinstance(action, Fetch) for chunk in action.chunks}
+    assert not asked & {*first.chunks[1:], *second.chunks}
 
 
 def test_a_member_that_quits_leaves_its_share_at_once() -> None:

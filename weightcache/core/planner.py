@@ -24,7 +24,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from weightcache.core.bits import members_from_anywhere
 from weightcache.core.choice import Choice
@@ -64,6 +64,7 @@ from weightcache.core.neighbours import Crowd
 from weightcache.core.outside import Outside
 from weightcache.core.pace import Pace
 from weightcache.core.peers import NEVER, Peers, PeerState
+from weightcache.core.turns import SETTLE
 
 LOCAL_CHUNKS = 4  # copies from this host's own disk at once
 SOFT_DEADLINE, LONGEST_SOFT = 2.0, 30.0  # seconds beyond four times the expected time until a request is hedged
@@ -195,6 +196,15 @@ class Planner:
             slot = self._peers.meet(event.peer, now).slot
             far = self._peers.remote >> slot & 1
             self._outside.hear(load, slot, event) if far else load.hear(slot, event, now)
+            if isinstance(event, PeerReads) and not far and event.peer < self._me:
+                self._give_way(load, event.chunks, now)
+
+    def _give_way(self, load: Load, chunks: Iterable[int], now: float) -> None:
+        """Somebody began to read what this host has just begun to read, too: one of the two is enough."""
+        for number in sorted({number for chunk in chunks for number in load.flights.get(chunk, ())}):
+            request = self._requests[number]
+            if request.via is Via.ORIGIN and now < request.sent + SETTLE:
+                self._cancel(number, load, now)
 
     def _peer_left(self, event: PeerLeft, now: float) -> None:
         peer = self._peers.get(event.peer)
