@@ -207,7 +207,7 @@ class Reader:
 
         def came(piece: memoryview) -> None:
             if whole := arrivals.add(piece, time.monotonic()):
-                landings.append(asyncio.ensure_future(self._land(request, target, whole, began)))
+                landings.append(self._land(request, target, whole, began))
 
         try:
             await self._origins.read(target.entry, begin, end, room, came)
@@ -241,9 +241,9 @@ class Reader:
         began = time.monotonic()
         await self._land(request, target, [(chunk, [memoryview(await read)])], began)
 
-    async def _land(self, request: int, target: _Target, chunks: Whole, began: float) -> None:
+    def _land(self, request: int, target: _Target, chunks: Whole, began: float) -> asyncio.Future[None]:
         """Land chunks one after the other, up to the first that fails; tell of all at once."""
-        fd = os.dup(target.fd)  # the blob may be closed while a thread still writes
+        fd = os.dup(target.fd)  # at once: the blob may be closed before a thread is free
         landed: list[list[Any]] = []
 
         def work() -> None:
@@ -256,11 +256,16 @@ class Reader:
                 seconds = time.monotonic() - began
                 landed.append([request, index, name, check, length, seconds, spent.hashing, spent.writing])
 
-        try:
-            await self._thread(fd, work)
-        finally:
-            if landed:
-                self._post("got", landed)
+        landing = self._thread(fd, work)
+
+        async def tell() -> None:
+            try:
+                await landing
+            finally:
+                if landed:
+                    self._post("got", landed)
+
+        return asyncio.ensure_future(tell())
 
     def _thread(self, fd: int, work: Callable[[], Result]) -> asyncio.Future[Result]:
         """Run ``work`` on ``fd`` in a thread. The descriptor is closed after it, also when it is cancelled first."""
