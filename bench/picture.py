@@ -64,7 +64,8 @@ def _bars(table: Table) -> str:
     parts: list[str] = []
     if column is not None and rows:
         ratio = " (ratio to the limit)" if "ratio" in rows[0].values else ""
-        parts.append(f'<text x="{LEFT}" y="50">{escape(column.heading)}{ratio}</text>')
+        heading = column.heading.replace("\n", ", ")
+        parts.append(f'<text x="{LEFT}" y="50">{escape(heading)}{ratio}</text>')
         largest = max(row.values[column.key] for row in rows)
         scale = (WIDTH - LEFT - RIGHT) / largest if largest else 0.0
         limit = next((row.values[column.key] for row in rows if row.name == "limit"), None)
