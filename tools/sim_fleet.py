@@ -111,6 +111,8 @@ class Host:
     reading: int = 0
     asked: int = 0  # bytes, ever
     twice: int = 0  # of these, while another was asked for them, too
+    came: int = 0  # bytes, ever
+    came_first: int = 0  # of these, when the first of its loads ended
 
 
 class Fleet:
@@ -307,6 +309,7 @@ class Fleet:
                     self._ended(host, blob, why, said.PeerQuits(host.name, blob))
 
     def _ended(self, host: Host, blob: bytes, why: str, news: OfPeer) -> None:
+        host.came_first = host.came_first or host.came
         host.ended[blob] = self.now, why
         del host.loading[blob]
         host.news.pop(blob, None)
@@ -378,6 +381,7 @@ class Fleet:
         had = host.had.get(blob.name, 0)
         if not had >> chunk & 1:
             host.had[blob.name] = had | 1 << chunk
+            host.came += blob.plan.span(chunk)[1]
             self._announce(host, blob.name, chunk)
             self.feed(host, said.Got(fetch.request, chunk))
 

@@ -148,6 +148,7 @@ def play(scenario: Scenario, hear: Callable[[Fleet], None] | None = None) -> Jso
         "egress": _round(fleet.egress / scenario.size),
         "first_component_seconds": _round(firsts[-1]) if firsts else None,
         "first_component_share": _round(first.plan.size / scenario.size),
+        "first_component_came": _round(max(host.came_first for host in living) / scenario.size) if living else None,
         "messages_per_host_and_chunk": _round(fleet.messages / (scenario.hosts * chunks)),
         "messages_bound": scenario.hosts if scenario.hosts <= FEW + 1 else 2 * RINGS + 2,
         "greetings_per_host": _round(fleet.greetings / scenario.hosts),
@@ -177,6 +178,11 @@ def watched(scenario: Scenario) -> Json:
             progress.close()
 
 
+def _first(found: Json) -> str:
+    share, came = found["first_component_share"], found["first_component_came"]
+    return f"{found['first_component_seconds']:.2f} s: {share:.0%} of the bytes, when at most {came:.1%} had come"
+
+
 def shown(found: Json) -> str:
     """The figures, for people."""
     scenario = Scenario(**found["scenario"])
@@ -187,7 +193,7 @@ def shown(found: Json) -> str:
         ("last host", f"{found['last_over_bound']:.3f} {over}" if found["hosts"] else "nobody is left to be counted"),
         ("p99, p50", f"{found['p99_over_bound']:.3f}, {found['p50_over_bound']:.3f} {over}" if found["hosts"] else "-"),
         ("origin sent", f"{found['egress']:.3f} times the object"),
-        ("first component", f"{found['first_component_seconds']:.2f} s" if found["hosts"] else "-"),
+        ("first component", _first(found) if found["hosts"] else "-"),
         (
             "messages",
             f"{found['messages_per_host_and_chunk']:.2f} a host and chunk, of {found['messages_bound']} at most",

@@ -95,6 +95,7 @@ def test_many_that_wait_for_one_do_not_read_what_it_has() -> None:
 def test_what_is_needed_first_comes_first() -> None:
     found = play(Scenario(8, 300_000_000, 2 << 20, components=4, spread=0.1))
     assert found["first_component_seconds"] <= 0.6 * BOUND
+    assert found["first_component_share"] <= found["first_component_came"] <= 0.6
 
 
 def test_a_seed_plays_the_same_again() -> None:
