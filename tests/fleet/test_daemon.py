@@ -183,7 +183,7 @@ def test_metrics_count_what_moves(s3: S3Server, tmp_path: Path) -> None:
 
 
 def test_a_browser_sees_how_the_host_is(s3: S3Server, tmp_path: Path) -> None:
-    s3.put("fleet", "daemon/seen&.safetensors", tensors(4, MIB, seed=5))
+    s3.put("fleet", "daemon/seen&.safetensors", tensors(32, MIB, seed=5))
     (port,) = free_ports(1)
     options = (f"--metrics=127.0.0.1:{port}", "--origin-bandwidth=100kB")
     host = Daemon(tmp_path / "host", *options, env=s3.env())
