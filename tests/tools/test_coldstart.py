@@ -235,9 +235,9 @@ class Struck(Quiet):
 
 
 @contextlib.asynccontextmanager
-async def slow_stage(tmp_path: Path, size: int = SIZE) -> AsyncIterator[Stage]:
-    """Two nodes that read an origin slowly."""
-    settings = Settings(size=size, nodes=2)
+async def slow_stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    """Two nodes that read an origin slowly, several reads each: some begin after the strike."""
+    settings = Settings(size=4 * SIZE, nodes=2)
     async with stage(settings, Config(), tmp_path, Quiet(), network=False) as made:
         slowly = {"WEIGHTCACHE_ORIGIN_BANDWIDTH": "4MB", "WEIGHTCACHE_ORIGIN_ATTEMPTS": "2"}
         yield replace(made, place=replace(made.place, environ=made.place.environ | slowly))
@@ -248,7 +248,7 @@ async def struck(made: Stage, strike: Any) -> Run:
 
 
 async def test_an_object_that_is_replaced_is_told_in_the_rows(tmp_path: Path) -> None:
-    async with slow_stage(tmp_path, 4 * SIZE) as made:  # several reads each: some begin after the strike
+    async with slow_stage(tmp_path) as made:
         (path,) = tmp_path.glob("*/objects/*.safetensors")
         run = await struck(made, lambda: os.utime(path, (1, 1)))
     assert len(run.failures) == 2
