@@ -16,6 +16,10 @@ Memory of the CPU needs no copy after the read, so there a block is read right i
 A run that ends early (an error, a consumer who leaves, Ctrl-C) hands out nothing more and returns when no read and no
 copy into the caller's memory is under way. Threads that still wait for bytes leave when those come, or when the file
 is closed; they hold no buffer and touch nothing.
+
+Ctrl-C raises in the caller's thread at any call or return. So what he holds there is taken by ``with`` on a lock itself
+(one step; ``with`` on a Condition or an Event's ``wait`` are Python, and may end between having the lock and owing its
+release), he waits in a SimpleQueue, and a run asks which threads touch memory, not which he began.
 """
 
 from __future__ import annotations
@@ -81,7 +85,8 @@ class _Block:
     started: Event | None = None
     passed: Event | None = None
     error: BaseException | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    brought: bool = False
+    over: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)  # has something when it is
 
     def add(self, begin: int, into: torch.Tensor) -> None:
         end = begin + into.nbytes
@@ -189,10 +194,6 @@ def _fits(piece: Piece) -> bool:
     return flat and into.nbytes == piece.end - piece.begin
 
 
-class _Stopped(Exception):
-    """The run is over."""
-
-
 class _Run:
     """One call of ``copy``: its threads, and the blocks that are on their way, oldest first."""
 
@@ -206,10 +207,9 @@ class _Run:
         self._pending: deque[_Block] = deque()
         self._copied: deque[_Block] = deque()  # whose copies nobody has seen the end of
         self._descriptors: dict[int, int] = {}
-        self._threads: list[threading.Thread] = []
-        self._waiting: set[threading.Thread] = set()  # those that wait for bytes to be had
-        self._ended: set[threading.Thread] = set()
-        self._changed = threading.Condition()
+        self._threads = 0  # begun
+        self._moving = [threading.Lock() for _ in range(device.readers)]  # by a thread while it reads or copies
+        self._mutex = threading.Lock()
         self._stopped = False
 
     # -- in the caller's thread
@@ -221,12 +221,12 @@ class _Run:
             if not self._pending:
                 return
             block = self._pending[0]
-            block.done.wait()
+            block.over.get()
             if block.error is not None:
                 raise block.error
             if block.passed is not None:
                 self._device.after(block.passed)
-            with self._changed:
+            with self._mutex:
                 self._pending.popleft()
             self._forget(block)
             yield from block.ends
@@ -237,16 +237,15 @@ class _Run:
         if descriptor is None:
             descriptor = self._descriptors[id(block.file)] = os.open(block.file.path, os.O_RDONLY | os.O_CLOEXEC)
         block.fd = descriptor
-        with self._changed:
+        with self._mutex:
             if self._stopped:
                 raise ValueError(CLOSED)
             self._pending.append(block)
             self._jobs.put(block)
-            if len(self._threads) < self._device.readers:
-                name = f"reader {len(self._threads) + 1}"
-                thread = threading.Thread(target=self._work, name=name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+        if self._threads < self._device.readers:
+            moving = self._moving[self._threads]
+            self._threads += 1
+            threading.Thread(target=self._work, args=(moving,), name=f"reader {self._threads}", daemon=True).start()
 
     def _forget(self, block: _Block) -> None:
         """Close its file unless more of it is on its way: a snapshot may have more files than may be open."""
@@ -275,75 +274,50 @@ class _Run:
 
     def stop(self) -> None:
         """Hand out nothing more; return when nothing is read or copied into the caller's memory any more."""
-        with self._changed:
+        with self._mutex:
             self._stopped = True
-            pending, threads = list(self._pending), list(self._threads)
-        for _ in threads:
+            pending = list(self._pending)
+        for moving in self._moving:
             self._jobs.put(None)
-        for thread in threads:
-            self._leave(thread)
+            with moving:
+                pass
         for block in (*self._copied, *pending):
             if block.passed is not None:
                 with contextlib.suppress(Exception):  # whoever waits for that block is told
                     block.passed.synchronize()
         for block in pending:
-            if not block.done.is_set():
+            if not block.brought:
                 block.error = ValueError(CLOSED)
-                block.done.set()
-
-    def _leave(self, thread: threading.Thread) -> None:
-        """Return when a thread has ended, or waits for bytes: then it touches nothing when they come."""
-        with self._changed:
-            self._changed.wait_for(lambda: thread in self._waiting or thread in self._ended)
-            if thread in self._waiting:
-                return
-        thread.join()
+            block.over.put(None)
 
     # -- in threads of its own
 
-    def _work(self) -> None:
+    def _work(self, moving: threading.Lock) -> None:
         self._device.enter()
-        try:
-            while (block := self._jobs.get()) is not None:
-                try:
+        while (block := self._jobs.get()) is not None:
+            try:
+                self._await(block)
+                with moving:
+                    if self._stopped:
+                        return
                     self._bring(block)
-                except _Stopped:
-                    break
-                except BaseException as error:  # noqa: BLE001 - it is raised where the block is waited for
-                    block.error = error
-                block.done.set()
-        finally:
-            with self._changed:
-                self._ended.add(threading.current_thread())
-                self._changed.notify_all()
+                    block.reads.clear()  # nor may a tensor end in this thread when the interpreter does
+                    block.brought = True
+            except BaseException as error:  # noqa: BLE001 - it is raised where the block is waited for
+                block.error, block.brought = error, True
+            block.over.put(None)
+
+    def _await(self, block: _Block) -> None:
+        began = time.perf_counter()
+        for read in block.reads:
+            block.file.wait(read.begin, read.end)
+        self._report.spend("wait", began, time.perf_counter())
 
     def _bring(self, block: _Block) -> None:
-        began = time.perf_counter()
-        with self._awaiting():
-            for read in block.reads:
-                block.file.wait(read.begin, read.end)
-        self._report.spend("wait", began, time.perf_counter())
         if self._ring is None:
             self._fill(block, [read.parts for read in block.reads])
         else:
             self._by_ring(block, self._ring)
-
-    @contextlib.contextmanager
-    def _awaiting(self) -> Iterator[None]:
-        """While this thread waits for bytes nobody waits for it; raises _Stopped when the run is over meanwhile."""
-        thread = threading.current_thread()
-        with self._changed:
-            if self._stopped:
-                raise _Stopped
-            self._waiting.add(thread)
-            self._changed.notify_all()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._waiting.discard(thread)
-                if self._stopped:
-                    raise _Stopped
 
     def _by_ring(self, block: _Block, ring: Ring) -> None:
         slot = ring.take()

@@ -227,6 +227,8 @@ def test_what_the_device_raises_comes_out_and_the_rest_is_left_alone(path: Path)
         pytest.raises(RuntimeError, match="fallen off the bus"),
     ):
         list(streamer.copy(cut(LocalFile(str(path)), into, BUFFER)))
+    for reader in readers():
+        reader.join(10)
     assert not list(readers())
     device.close()
 
@@ -281,6 +283,55 @@ with Streamer() as streamer:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
     assert done.returncode in (-2, 130)
+
+
+def test_ctrl_c_at_any_call(tmp_path: Path) -> None:
+    """Python delivers a signal after any call: of ``copy``, and of what it calls in threading and queue."""
+    program = """
+import dis, faulthandler, sys, torch
+from weightcache.runtime.opened import LocalFile
+from weightcache.runtime.streamer import Piece, Streamer
+
+def interrupted(number):
+    seen, previous = 0, {}
+    def trace(frame, event, _):
+        nonlocal seen
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            now = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if previous.get(frame) in ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME", "CALL_KW"):
+                seen += 1
+                if seen == number:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            previous[frame] = now
+        return trace
+    try:
+        with Streamer() as streamer:
+            pieces = [Piece(LocalFile(sys.argv[1]), 0, 1, torch.zeros(1, dtype=torch.uint8)) for _ in range(3)]
+            sys.settrace(trace)
+            for _ in streamer.copy(pieces):
+                pass
+            sys.settrace(None)
+        return False
+    except BaseException as error:
+        while not isinstance(error, KeyboardInterrupt):  # Thread.start itself may turn it into a RuntimeError
+            error = error.__context__
+        return True
+
+number = 1
+while True:
+    faulthandler.dump_traceback_later(20, exit=True)
+    if not interrupted(number):
+        break
+    number += 1
+print(number)
+"""
+    (tmp_path / "blob").write_bytes(b"1")
+    command = [sys.executable, "-c", program, str(tmp_path / "blob")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
 
 
 def test_a_device_that_is_not_here_is_a_clear_error() -> None:
