@@ -35,13 +35,14 @@ class Ranges:
         self._size = size
         self._begins: list[int] = []
         self._ends: list[int] = []
-        self._changed = threading.Condition()
+        self._mutex = threading.Lock()  # taken by itself: Ctrl-C in the Condition's ``with`` may leave it taken for ever
+        self._changed = threading.Condition(self._mutex)
         self._error: WeightcacheError | None = None
         self._whole = size == 0
         self._pid = os.getpid()
 
     def add(self, ranges: list[list[int]]) -> None:
-        with self._changed:
+        with self._mutex:
             for begin, end in ranges:
                 self._add(begin, end)
             self._whole = self._covers(0, self._size)
@@ -65,7 +66,7 @@ class Ranges:
 
     def fail(self, error: WeightcacheError) -> None:
         """What is not had will not be; the first reason counts."""
-        with self._changed:
+        with self._mutex:
             self._error = self._error or error
             self._changed.notify_all()
 
@@ -75,7 +76,7 @@ class Ranges:
             return
         if os.getpid() != self._pid:  # nobody would ever tell this one
             raise DaemonError("forked while a file was arriving: only the parent hears of it; open it in the child")
-        with self._changed:
+        with self._mutex:
             self._changed.wait_for(lambda: self._error is not None or self._covers(begin, end))
             if not self._covers(begin, end) and self._error is not None:
                 raise type(self._error)(*self._error.args)

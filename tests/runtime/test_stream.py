@@ -221,6 +221,8 @@ def test_device_errors_come_out(tmp_path: Path) -> None:
         list(stream_file(path, device=Failing(fails=3)))
     with pytest.raises(torch.OutOfMemoryError):
         list(stream_file(path, device=Small(25_000_000)))
+    for reader in readers():
+        reader.join(10)
     assert not list(readers())
 
 
