@@ -35,7 +35,7 @@ class Ranges:
         self._size = size
         self._begins: list[int] = []
         self._ends: list[int] = []
-        self._mutex = threading.Lock()  # taken by itself: Ctrl-C in the Condition's ``with`` may leave it taken for ever
+        self._mutex = threading.Lock()  # taken by itself: Ctrl-C in a Condition's ``with`` may leave it taken
         self._changed = threading.Condition(self._mutex)
         self._error: WeightcacheError | None = None
         self._whole = size == 0
