@@ -64,6 +64,7 @@ class Contender:
     sending: Callable[[], Iterable[int]] = nobody
     receiving: Callable[[], Iterable[int]] = nobody
     note: str = ""
+    fresh: bool = True  # it takes memory that nobody had before, which is then to be there
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,8 @@ def take_turns(contenders: Sequence[Contender], run: Run) -> list[Tally]:
                 contender.clear()
                 contender.prepare()
                 drain()
-                touch(run.folder, TOUCHED * contender.size)
+                if contender.fresh:
+                    touch(run.folder, TOUCHED * contender.size)
                 (_turn if number else _warm_up)(contender, tally)
             except (
                 Unavailable,

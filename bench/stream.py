@@ -1,15 +1,13 @@
 """Streaming a file's tensors to memory: by us, by the bound, and by others.
 
 The bound is two threads that copy the same bytes from a mapping to a buffer and from there to memory that is there
-already, and do nothing else. Next to it is what a loader needs besides: memory of the tensors' own. Everybody reads the
-same tensors, from a file that is in the page cache, in this process.
+already, and do nothing else. Next to it is what a loader needs besides: memory of the tensors' own, each turn in a
+process that is new (``owned.py``). Everybody reads the same tensors, from a file that is in the page cache.
 """
 
 from __future__ import annotations
 
-import functools
 import mmap
-import os
 import subprocess
 import sys
 import threading
@@ -21,23 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file as safetensors_load_file
+from safetensors.torch import save_file
 
 from bench import rivals, rounds, sd15
 from bench.hosts import MB
 from bench.rounds import Contender, timed
 from bench.run import Run
-from bench.standing import ROOT
+from bench.standing import ROOT, Standing
 from bench.table import Column, Table, at_least, at_most
 from weightcache.core.layout import parse_header
-from weightcache.runtime import stream_file
 from weightcache.runtime.device import Target
 from weightcache.runtime.emulated import Emulated
 from weightcache.runtime.opened import LocalFile
 from weightcache.runtime.streamer import BUFFER_BYTES, Piece, Streamer
 
 ABOUT = (
-    "'to memory that is there' is the device: allocated and touched before. 'own memory': tensors that the caller "
-    "keeps. The loaders' own formats (tensorizer, flashpack) hold the same tensors. No accelerator here."
+    "'to memory that is there' is the device: allocated and touched before, in this process. The others: tensors that "
+    "the caller keeps, in a process that loads for the first time. The loaders' own formats (tensorizer, flashpack) "
+    "hold the same tensors. No accelerator here."
 )
 BOUND = "bound: two threads, mapping -> ring -> memory that is there"
 OURS = "weightcache, to memory that is there"
@@ -120,38 +119,6 @@ def by_streamer(memory: Memory, device: str | Target) -> None:
             pass
 
 
-# -- the others: each gives all tensors, in memory that is the caller's to keep
-
-
-def runai(path: Path) -> list[Any]:
-    from runai_model_streamer import SafetensorsStreamer
-
-    with SafetensorsStreamer() as streamer:
-        streamer.stream_file(str(path))
-        return list(streamer.get_tensors())
-
-
-def fastsafetensors(path: Path) -> list[Any]:
-    from fastsafetensors import fastsafe_open
-
-    with fastsafe_open([str(path)], nogds=True, device="cpu") as file:
-        return [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - no mapping
-
-
-def tensorizer(path: Path) -> dict[str, Any]:
-    from tensorizer import TensorDeserializer
-
-    with TensorDeserializer(str(path), device="cpu", num_readers=2) as file:
-        return dict(file)
-
-
-def flashpack(path: Path) -> list[Any]:
-    from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
-
-    storage, metadata = read_flashpack_file(str(path), "cpu")
-    return list(iterate_from_flash_tensor(storage, metadata))
-
-
 def convert(path: Path) -> tuple[Path, Path]:
     """The same tensors in the formats of tensorizer and flashpack."""
     from flashpack.serialization import pack_to_file
@@ -166,36 +133,69 @@ def convert(path: Path) -> tuple[Path, Path]:
     return tensorized, packed
 
 
-def owned(name: str, size: int, load: Callable[[Path], object], path: Path, *needs: str) -> Contender:
-    return Contender(name, size, lambda: timed(lambda: load(path)), prepare=functools.partial(rivals.module, *needs))
+class Loading:
+    """A contender whose turns are a process each, which has loaded a tiny file before its turn begins."""
+
+    def __init__(self, way: str, path: Path, tiny: Path) -> None:
+        self._way = way
+        self._path = path
+        self._tiny = tiny
+        self._worker: Standing | None = None
+
+    def begin(self) -> None:
+        self._worker = Standing("bench.owned", self._way)
+        self._worker.ask(self._tiny)
+
+    def move(self) -> float:
+        assert self._worker is not None
+        return self._worker.seconds(self._path)
+
+    def end(self) -> None:
+        if self._worker is not None:
+            self._worker.__exit__(None, None, None)
+            self._worker = None
+
+    def pids(self) -> list[int]:
+        return self._worker.pids() if self._worker is not None else []
+
+
+def contender(name: str, size: int, loading: Loading, *needs: str) -> Contender:
+    def prepare() -> None:
+        rivals.module(*needs)
+        loading.begin()
+
+    return Contender(name, size, loading.move, loading.end, prepare, receiving=loading.pids)
 
 
 def stream(run: Run) -> Table:
     """Everybody, in turns."""
-    os.environ["FLASHPACK_CPU_PARALLEL_READ"] = "1"  # its reading mode
     path = run.folder / "sd15.safetensors"
     size = sd15.write_file(path, small=run.quick)
+    tiny = run.folder / "tiny.safetensors"
+    save_file({"tiny": torch.ones(1 << 20)}, tiny)
     tensorized, packed = convert(path)
+    small_tensorized, small_packed = convert(tiny)
     memory = Memory(path)
-
     device = Kept()
 
     def into_memory(name: str, move: Callable[[], None]) -> Contender:
-        return Contender(name, size, lambda: timed(move), memory.check)
+        return Contender(name, size, lambda: timed(move), memory.check, fresh=False)
 
     memory.bytes.copy_(torch.from_file(str(path), size=size, dtype=torch.uint8))  # what the first check finds
     contenders = [
         into_memory(BOUND, lambda: two_threads(memory)),
         into_memory(OURS, lambda: by_streamer(memory, "cpu")),
         into_memory(RING, lambda: by_ring(memory, device)),
-        owned(OWN, size, lambda path: list(stream_file(path)), path),
-        owned("safetensors pread", size, lambda path: safetensors_load_file(path, backend="pread"), path),
-        owned("Run:ai streamer", size, runai, path, "runai_model_streamer", "humanize"),
-        owned("fastsafetensors, nogds", size, fastsafetensors, path, "fastsafetensors"),
-        owned("tensorizer, own format", size, tensorizer, tensorized, "tensorizer"),
-        owned("flashpack, reading, own format", size, flashpack, packed, "flashpack"),
+        contender(OWN, size, Loading("ours", path, tiny)),
+        contender("safetensors pread", size, Loading("safetensors", path, tiny)),
+        contender("Run:ai streamer", size, Loading("runai", path, tiny), "runai_model_streamer", "humanize"),
+        contender("fastsafetensors, nogds", size, Loading("fastsafetensors", path, tiny), "fastsafetensors"),
+        contender("tensorizer, own format", size, Loading("tensorizer", tensorized, small_tensorized), "tensorizer"),
+        contender("flashpack, reading, own format", size, Loading("flashpack", packed, small_packed), "flashpack"),
     ]
     table = rounds.compare("stream", f"a file shaped as SD 1.5, {size / MB:.0f} MB, to memory", ABOUT, contenders, run)
+    for loading in contenders[3:]:
+        loading.clear()
     table.columns = COLUMNS
     for name in (OURS, RING):
         table.expect(at_least(0.8, f"of the bound: {name}"), name, "speed", BOUND)
