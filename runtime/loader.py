@@ -107,9 +107,10 @@ class safe_open:
     Raises what safetensors raises of the same file, and WeightcacheError when a source cannot be loaded.
     """
 
-    __slots__ = ("__weakref__", "_device", "_framework", "_real", "_starts", "_storage")
+    __slots__ = ("__weakref__", "_device", "_first", "_framework", "_real", "_starts", "_storage")
 
     _storage: Storage | None  # None: closed
+    _starts: dict[str, int] | None  # the offset in the file of each tensor's bytes, once one is looked for
 
     def __init__(
         self,
@@ -126,12 +127,11 @@ class safe_open:
             fd = _descriptor(opened)
             try:
                 size = os.fstat(fd).st_size
-                start = _await_header(fd, size, opened)
+                self._first, self._starts = _await_header(fd, size, opened), None
                 # By descriptor: the file behind a path may be replaced, and both must mean the same one.
                 path = f"/proc/self/fd/{fd}"
                 self._real: Any = safetensors.safe_open(path, framework, self._device, backend=backend, **options)
                 self._framework = framework_named(framework)
-                self._starts = _starts(self._real, start)
                 self._storage = Mapped(fd, size, opened) if backend == "mmap" else Read(fd, size, opened)
             finally:
                 os.close(fd)
@@ -176,17 +176,30 @@ class safe_open:
         if place is None:
             storage.wait(0, storage.size)
             return self._real.get_tensor(name)
-        return self._finish(self._make(storage, place))
+        return self._finish(self._make(storage, *place))
 
     def get_tensors(self) -> dict[str, Any]:
         """Every tensor by name, in the order of their offsets."""
-        return {name: self.get_tensor(name) for name in self.offset_keys()}
+        storage, tensors = self._storage, {}
+        begin: int | None = self._first
+        for name in self._real.offset_keys():  # one after the other, so nothing has to be looked up
+            assert storage is not None  # it would have raised
+            real = self._real.get_slice(name)
+            kind, shape = real.get_dtype(), real.get_shape()
+            end = begin + _length(kind, shape) if begin is not None and kind in DTYPE_BITS else None
+            dtype = self._framework.dtypes.get(kind)
+            if begin is None or end is None or dtype is None:
+                tensors[name] = self.get_tensor(name)
+            else:
+                tensors[name] = self._finish(self._make(storage, begin, end, dtype, shape))
+            begin = end
+        return tensors
 
     def get_slice(self, name: str) -> Slice:
         """One tensor, to be indexed; nothing is read or waited for yet."""
         storage, real, place = self._find(name)
         if place is not None and self._framework is TORCH and isinstance(storage, Mapped):
-            return Slice(real, lambda index: self._finish(self._make(storage, place)[index]))
+            return Slice(real, lambda index: self._finish(self._make(storage, *place)[index]))
         begin, end = (place.begin, place.end) if place is not None else (0, storage.size)
 
         def take(index: Any) -> Any:  # safetensors' own slicing, which is not quite that of numpy
@@ -203,6 +216,8 @@ class safe_open:
         storage = self._storage  # first: another thread may close the handle
         real = self._real.get_slice(name)
         assert storage is not None  # it would have raised
+        if self._starts is None:
+            self._starts = _starts(self._real, self._first)
         kind, start = real.get_dtype(), self._starts.get(name)
         dtype = self._framework.dtypes.get(kind)
         if dtype is None or start is None:
@@ -210,13 +225,12 @@ class safe_open:
         shape = real.get_shape()
         return storage, real, _Place(start, start + _length(kind, shape), dtype, shape)
 
-    def _make(self, storage: Storage, place: _Place) -> Any:
-        """The tensor at ``place``, on the host."""
-        begin, end, dtype, shape = place
+    def _make(self, storage: Storage, begin: int, end: int, dtype: Any, shape: list[int]) -> Any:
+        """The tensor of the bytes [begin, end), on the host."""
         if begin == end:
             return self._framework.empty(shape, dtype)
         buffer, offset = storage.take(begin, end, dtype.itemsize)
-        return self._framework.over(buffer, offset, (end - begin) // dtype.itemsize, dtype).reshape(shape)
+        return self._framework.over(buffer, offset, (end - begin) // dtype.itemsize, dtype, shape)
 
     def _finish(self, tensor: Any) -> Any:
         return tensor if self._device == "cpu" else to_device(tensor, self._device)
@@ -266,7 +280,7 @@ def _await_header(fd: int, size: int, opened: Opened) -> int:
 def _starts(real: Any, start: int) -> dict[str, int]:
     """The offset in the file at which each tensor begins; the first one does at ``start``.
 
-    Nothing more is kept: opening a file of 10,000 tensors must not make 10,000 objects of each.
+    Nothing more is kept: taking one of 10,000 tensors must not make 10,000 objects of each.
     """
     starts = {}
     for name in real.offset_keys():

@@ -69,13 +69,13 @@ class Read:
 
     def take(self, begin: int, end: int, align: int) -> tuple[Any, int]:
         self.wait(begin, end)
-        buffer = np.empty(end - begin, np.uint8)  # aligned for every dtype, and not zeroed first
-        rest = buffer.data
-        while rest:
-            got = os.preadv(self._fd, [rest], end - len(rest))
+        buffer: Any = np.empty(end - begin, np.uint8)  # aligned for every dtype, and not zeroed first
+        at = begin + os.preadv(self._fd, [buffer], begin)
+        while at < end:
+            got = os.preadv(self._fd, [buffer[at - begin :]], at)
             if not got:
                 raise SafetensorError(f"Could not read tensor from {self._path}: the file was truncated while open")
-            rest = rest[got:]
+            at += got
         return buffer, 0
 
 
