@@ -138,6 +138,45 @@ def test_an_embedded_node_that_is_killed_leaves_no_process(s3: S3Server, env: di
         assert worker.end() == 0
 
 
+ENDS = {
+    "a stream is open": """
+from weightcache.runtime import stream_file
+stream = stream_file(source)
+next(stream)
+""",
+    "a thread loads": """
+import threading
+from weightcache.runtime import load_file
+threading.Thread(target=load_file, args=(source,), daemon=True).start()
+""",
+    "the main thread has a handle": """
+from weightcache.runtime import safe_open
+handle = safe_open(source, "pt")
+tensor = handle.get_tensor(handle.offset_keys()[0])
+""",
+}
+
+
+@pytest.mark.parametrize("way", ENDS)
+def test_a_process_that_ends_in_the_middle_of_its_load(
+    way: str, s3: S3Server, env: dict[str, str], tmp_path: Path
+) -> None:
+    """It ends at once and quietly; nothing is left (see ``env``), and the next has the store to itself."""
+    source, _, digest = put(s3, "ends.safetensors", 6)
+    s3.proxy.stall(r"ends\.safetensors$", after=1 << 20, times=100, begin=ORIGIN_READ)
+    with Worker(tmp_path / "log", env) as worker:
+        worker.run(f"source = {source!r}{ENDS[way]}", "None")
+        wait_until(lambda: s3.proxy.egress > ORIGIN_READ, 20, "the load to be under way")
+        assert worker.end() == 0
+    said = (tmp_path / "log").read_text()
+    told = said.rstrip().endswith("it was closed while it was still arriving")  # which ends a thread, as Python says
+    assert told if way == "a thread loads" else not said
+    s3.proxy.heal()
+    with Worker(tmp_path / "log", env) as worker:
+        assert worker.run(LOAD, f"digest({source!r})") == digest
+        assert worker.end() == 0
+
+
 def test_many_workers_of_a_daemon_are_one_load(s3: S3Server, tmp_path: Path) -> None:
     source, data, _ = put(s3, "many.safetensors", 6)
     with Daemon(tmp_path / "a") as host, ThreadPoolExecutor(WORKERS) as threads:

@@ -143,6 +143,23 @@ def test_a_worker_that_is_killed_holds_nothing(here: S3Server, host: Daemon, bas
     assert torch.equal(drawn(load_pipeline(source)), drawn(DiffusionPipeline.from_pretrained(str(base))))
 
 
+@pytest.mark.parametrize("embedded", [False, True], ids=["daemon", "embedded node"])
+def test_a_worker_that_ends_before_its_pipeline_is_whole(
+    here: S3Server, host: Daemon, base: Path, tmp_path: Path, embedded: bool
+) -> None:
+    source = put(here, base, f"ends-{embedded}")
+    stalled = here.proxy.stall(rf"/ends-{embedded}/unet/.*safetensors", after=4 << 20, times=100)
+    env = here.env() | {"WEIGHTCACHE_STORE": str(tmp_path / "own"), "WEIGHTCACHE_SOCKET": str(tmp_path / "none")}
+    with Worker(tmp_path / "log", env if embedded else host.worker_env) as worker:
+        worker.run(
+            f"from weightcache.runtime import load_pipeline\npipe = load_pipeline({source!r}, overlap=True)", "None"
+        )
+        assert stalled.struck.wait(20)
+        assert worker.end() == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    wait_until(lambda: not leases(host), 10, "leases to end")
+
+
 # -- LoRAs
 
 
