@@ -31,8 +31,14 @@ def main() -> int:
     if given.source is None and not given.ceilings:
         parser.error("a source is needed")
     if given.ceilings:
-        for name, speed in measure(load_config().store).to_json().items():
-            print(f"{name:8} {'unknown' if speed is None else f'{speed / 1e9:.2f} GB/s'}")
+        store = load_config().store
+        unknown = {
+            "disk": f"{store}: no such directory yet, not writable, or a filesystem without O_DIRECT",
+            "link": "no interface that is up says its speed",
+            "device": "this torch has no accelerator",
+        }
+        for name, speed in measure(store).to_json().items():
+            print(f"{name:8} {f'unknown ({unknown[name]})' if speed is None else f'{speed / 1e9:.2f} GB/s'}")
         if given.source is None:
             return 0
     try:
