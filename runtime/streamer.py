@@ -17,9 +17,8 @@ A run that ends early (an error, a consumer who leaves, Ctrl-C) hands out nothin
 copy into the caller's memory is under way. Threads that still wait for bytes leave when those come, or when the file
 is closed; they hold no buffer and touch nothing.
 
-Ctrl-C raises in the caller's thread at any call or return. So what he holds there is taken by ``with`` on a lock itself
-(one step; ``with`` on a Condition or an Event's ``wait`` are Python, and may end between having the lock and owing its
-release), he waits in a SimpleQueue, and a run asks which threads touch memory, not which he began.
+Ctrl-C raises in the caller's thread at any call or return (see ``waiting``). So what he holds there is taken by
+``with`` on a lock itself, which is one step, and a run asks which threads touch memory, not which he began.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from weightcache.runtime.device import DeviceName, Event, Stream, Target, target
 from weightcache.runtime.opened import Opened
 from weightcache.runtime.report import LoadReport
 from weightcache.runtime.ring import Ring
+from weightcache.waiting import take
 
 BUFFERS = 8  # at most; two for each reader, as more would only leave the processor's cache
 BUFFER_BYTES = 8 << 20
@@ -221,7 +221,7 @@ class _Run:
             if not self._pending:
                 return
             block = self._pending[0]
-            block.over.get()
+            take(block.over)
             if block.error is not None:
                 raise block.error
             if block.passed is not None:

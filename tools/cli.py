@@ -19,7 +19,7 @@ from weightcache.client import Client
 from weightcache.config import Config
 from weightcache.core.source import is_source
 from weightcache.errors import BlobCorrupt, ConfigError, StoreError, WeightcacheError, from_wire
-from weightcache.tools import exits, show, streams
+from weightcache.tools import exits, running, show, streams
 from weightcache.tools.coldstart import coldstart
 from weightcache.tools.fleet_command import simulate
 from weightcache.tools.options import command, parse_size
@@ -122,7 +122,7 @@ def pull(
     weightcache pull hf://org/name --allow '*.json' --allow '*.safetensors' --ignore '*.fp16.*'
     """
     wanted = {"revalidate": revalidate, "allow": allow or None, "ignore": ignore or None}
-    code = asyncio.run(_pull(config, sources, wanted, as_json, events))
+    code = running.run(_pull(config, sources, wanted, as_json, events))
     if code:
         raise typer.Exit(code)
 
@@ -177,7 +177,7 @@ def path(config: Config, as_json: bool, source: Source) -> None:
         async with Client(config) as client:
             return await client.path(source)
 
-    found = str(asyncio.run(ask()))
+    found = str(running.run(ask()))
     print(show.as_line({"path": found}) if as_json else found)
 
 
@@ -194,7 +194,7 @@ def ls(config: Config, as_json: bool) -> None:
         async with Client(config) as client:
             return await client.ls()
 
-    found = asyncio.run(ask())
+    found = running.run(ask())
     print(show.as_line(found) if as_json else show.listing(found))
 
 
@@ -212,7 +212,7 @@ def status(config: Config, as_json: bool) -> None:
         async with Client(config, embed=False) as client:
             return await client.status()
 
-    found = asyncio.run(ask())
+    found = running.run(ask())
     print(show.as_line(found) if as_json else show.status(found))
 
 
@@ -231,7 +231,7 @@ def peers(config: Config, as_json: bool) -> None:
         async with Client(config, embed=False) as client:
             return await client.peers()
 
-    found = asyncio.run(ask())
+    found = running.run(ask())
     print(show.as_line(found) if as_json else show.peers(found))
 
 
@@ -262,7 +262,7 @@ def _set_pin(config: Config, as_json: bool, names: list[str], *, on: bool) -> No
         async with Client(config) as client:
             return await (client.pin if on else client.unpin)(names)
 
-    rows = asyncio.run(ask())
+    rows = running.run(ask())
     if as_json:
         print(show.as_line(rows))
         return
@@ -300,7 +300,7 @@ def evict(
             blobs = [blob["blob"] for blob in (await client.ls())["blobs"]]
             return await client.evict(blobs) if blobs else {"freed": 0, "kept": []}
 
-    outcome = asyncio.run(ask())
+    outcome = running.run(ask())
     print(show.as_line(outcome) if as_json else show.evicted(outcome))
     short = outcome["freed"] < (need or 0)
     if short and not as_json:
@@ -334,7 +334,7 @@ def verify(
             async with Client(config) as client:
                 return await client.verify(names or None, hear, deep=deep, repair=not no_repair)
 
-    rows = asyncio.run(ask())
+    rows = running.run(ask())
     print(show.as_line(rows) if as_json else show.verified(rows))
     if any(row["bad"] and (row["error"] or row["repaired"] is None) for row in rows):
         raise typer.Exit(BlobCorrupt.exit_code)
@@ -363,7 +363,7 @@ def manifest(
             return await client.manifest(source)
 
     def described(name: str) -> list[Json]:
-        return asyncio.run(ask(name)) if is_source(name) else [chunks.describe(Path(name))]
+        return running.run(ask(name)) if is_source(name) else [chunks.describe(Path(name))]
 
     ours = described(what)
     if other is None:
@@ -394,7 +394,7 @@ def publish(
     weightcache publish s3://models/fine-tune.safetensors
     weightcache publish hf://org/name --to fleet
     """
-    code = asyncio.run(_publish(config, source, to, force, as_json))
+    code = running.run(_publish(config, source, to, force, as_json))
     if code:
         raise typer.Exit(code)
 

@@ -21,6 +21,7 @@ from weightcache.core.source import is_source
 from weightcache.errors import DaemonError, SourceChanged, WeightcacheError
 from weightcache.log import fields
 from weightcache.portal import Portal
+from weightcache.waiting import SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Ranges:
         self._size = size
         self._begins: list[int] = []
         self._ends: list[int] = []
-        self._mutex = threading.Lock()  # taken by itself: Ctrl-C in a Condition's ``with`` may leave it taken
+        self._mutex = threading.Lock()  # taken by itself: see ``waiting``
         self._changed = threading.Condition(self._mutex)
         self._error: WeightcacheError | None = None
         self._whole = size == 0
@@ -77,7 +78,8 @@ class Ranges:
         if os.getpid() != self._pid:  # nobody would ever tell this one
             raise DaemonError("forked while a file was arriving: only the parent hears of it; open it in the child")
         with self._mutex:
-            self._changed.wait_for(lambda: self._error is not None or self._covers(begin, end))
+            while self._error is None and not self._covers(begin, end):
+                self._changed.wait(SECONDS)
             if not self._covers(begin, end) and self._error is not None:
                 raise type(self._error)(*self._error.args)
 

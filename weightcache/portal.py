@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import queue
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from weightcache.waiting import take
 
 Result = TypeVar("Result")
 
@@ -28,11 +31,24 @@ class Portal:
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine and wait for it. Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        done: queue.SimpleQueue[asyncio.Task[Result]] = queue.SimpleQueue()
+        begun: list[asyncio.Task[Result]] = []
+
+        def begin() -> None:
+            begun.append(self._loop.create_task(work))
+            begun[0].add_done_callback(done.put)
+
+        def cancel() -> None:
+            if begun:
+                begun[0].cancel()
+            else:
+                work.close()
+
         try:
-            return future.result()
+            self._loop.call_soon_threadsafe(begin)
+            return take(done).result()
         except BaseException:
-            future.cancel()
+            self.soon(cancel)
             raise
 
     def soon(self, callback: Callable[[], object]) -> None:

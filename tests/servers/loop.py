@@ -14,12 +14,17 @@ from typing import Any, TypeVar
 
 from weightcache.tools.local import die_with_parent
 
+PATIENCE = 3
+
 T = TypeVar("T")
 
 
 def wait_until(condition: Callable[[], T], seconds: float = 20.0, what: str = "condition") -> T:
-    """The first true value of ``condition()``; AssertionError when there is none in time."""
-    deadline = time.monotonic() + seconds
+    """The first true value of ``condition()``; AssertionError when there is none in time.
+
+    ``seconds`` are a quiet machine's; a busy one has more of them, within pytest's own limit.
+    """
+    deadline = time.monotonic() + max(seconds, min(PATIENCE * seconds, 90.0))
     while True:
         if found := condition():
             return found
