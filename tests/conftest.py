@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from tests.servers.s3 import S3Server
 # No test may use what the developer's own machine would lend it: a stored token, the credentials of an instance's role.
 os.environ["HF_TOKEN_PATH"] = "/nonexistent"  # huggingface_hub reads it once, when it is imported
 os.environ["AWS_METADATA_ENDPOINT"] = "http://127.0.0.1:1"
+
+# What a shell starts in the background ignores Ctrl-C, and so would every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
