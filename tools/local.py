@@ -17,22 +17,26 @@ def die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+# Not of those that the kernel hands out to whoever connects: one of them may be taken before a server listens on it.
+_LISTENABLE = (10_000, 32_000)
+
+
 def free_ports(count: int) -> list[int]:
     """Distinct ports of 127.0.0.1 on which nobody listens."""
-    found: list[int] = []
-    with contextlib.ExitStack() as held:
-        while len(found) < count:
-            probe = held.enter_context(socket.socket())
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.randrange(*_LISTENABLE)
+        with contextlib.suppress(OSError), socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", 0))
-            found.append(probe.getsockname()[1])
-    return found
+            probe.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
 
 
 def free_pair() -> int:
-    """A port whose successor is free, too: not of those that the kernel hands out to anybody who connects."""
+    """A port whose successor is free, too."""
     while True:
-        port = random.randrange(10_000, 32_000, 2)
+        port = random.randrange(*_LISTENABLE, 2)
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", port))
             two.bind(("127.0.0.1", port + 1))
