@@ -7,6 +7,7 @@ process that is new (``owned.py``). Everybody reads the same tensors, from a fil
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import subprocess
 import sys
@@ -133,38 +134,25 @@ def convert(path: Path) -> tuple[Path, Path]:
     return tensorized, packed
 
 
-class Loading:
-    """A contender whose turns are a process each, which has loaded a tiny file before its turn begins."""
+@contextlib.contextmanager
+def owned(name: str, size: int, way: str, path: Path, tiny: Path, *needs: str) -> Iterator[Contender]:
+    """Each turn is a process of its own, which has loaded a tiny file before it begins."""
+    with contextlib.ExitStack() as running:
+        workers: list[Standing] = []
 
-    def __init__(self, way: str, path: Path, tiny: Path) -> None:
-        self._way = way
-        self._path = path
-        self._tiny = tiny
-        self._worker: Standing | None = None
+        def clear() -> None:
+            running.close()
+            workers.clear()
 
-    def begin(self) -> None:
-        self._worker = Standing("bench.owned", self._way)
-        self._worker.ask(self._tiny)
+        def prepare() -> None:
+            rivals.module(*needs)
+            workers.append(running.enter_context(Standing("bench.owned", way)))
+            workers[0].ask(tiny)
 
-    def move(self) -> float:
-        assert self._worker is not None
-        return self._worker.seconds(self._path)
+        def pids() -> list[int]:
+            return workers[0].pids() if workers else []
 
-    def end(self) -> None:
-        if self._worker is not None:
-            self._worker.__exit__(None, None, None)
-            self._worker = None
-
-    def pids(self) -> list[int]:
-        return self._worker.pids() if self._worker is not None else []
-
-
-def contender(name: str, size: int, loading: Loading, *needs: str) -> Contender:
-    def prepare() -> None:
-        rivals.module(*needs)
-        loading.begin()
-
-    return Contender(name, size, loading.move, loading.end, prepare, receiving=loading.pids)
+        yield Contender(name, size, lambda: workers[0].seconds(path), clear, prepare, receiving=pids)
 
 
 def stream(run: Run) -> Table:
@@ -182,24 +170,28 @@ def stream(run: Run) -> Table:
         return Contender(name, size, lambda: timed(move), memory.check, fresh=False)
 
     memory.bytes.copy_(torch.from_file(str(path), size=size, dtype=torch.uint8))  # what the first check finds
-    contenders = [
-        into_memory(BOUND, lambda: two_threads(memory)),
-        into_memory(OURS, lambda: by_streamer(memory, "cpu")),
-        into_memory(RING, lambda: by_ring(memory, device)),
-        contender(OWN, size, Loading("ours", path, tiny)),
-        contender("safetensors pread", size, Loading("safetensors", path, tiny)),
-        contender("Run:ai streamer", size, Loading("runai", path, tiny), "runai_model_streamer", "humanize"),
-        contender("fastsafetensors, nogds", size, Loading("fastsafetensors", path, tiny), "fastsafetensors"),
-        contender("tensorizer, own format", size, Loading("tensorizer", tensorized, small_tensorized), "tensorizer"),
-        contender("flashpack, reading, own format", size, Loading("flashpack", packed, small_packed), "flashpack"),
-    ]
-    table = rounds.compare("stream", f"a file shaped as SD 1.5, {size / MB:.0f} MB, to memory", ABOUT, contenders, run)
-    for loading in contenders[3:]:
-        loading.clear()
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        others = [
+            enter(owned(OWN, size, "ours", path, tiny)),
+            enter(owned("safetensors pread", size, "safetensors", path, tiny)),
+            enter(owned("Run:ai streamer", size, "runai", path, tiny, "runai_model_streamer", "humanize")),
+            enter(owned("fastsafetensors, nogds", size, "fastsafetensors", path, tiny, "fastsafetensors")),
+            enter(owned("tensorizer, own format", size, "tensorizer", tensorized, small_tensorized, "tensorizer")),
+            enter(owned("flashpack, reading, own format", size, "flashpack", packed, small_packed, "flashpack")),
+        ]
+        contenders = [
+            into_memory(BOUND, lambda: two_threads(memory)),
+            into_memory(OURS, lambda: by_streamer(memory, "cpu")),
+            into_memory(RING, lambda: by_ring(memory, device)),
+            *others,
+        ]
+        title = f"a file shaped as SD 1.5, {size / MB:.0f} MB, to memory"
+        table = rounds.compare("stream", title, ABOUT, contenders, run)
     table.columns = COLUMNS
     for name in (OURS, RING):
         table.expect(at_least(0.8, f"of the bound: {name}"), name, "speed", BOUND)
-    for rival in contenders[4:]:
+    for rival in others[1:]:
         table.expect(at_least(1, f"times {rival.name}"), OWN, "speed", rival.name)
     table.facts["MB that streaming held beyond the file's pages, at most"] = beyond = _beyond(path)
     row = next(row for row in table.rows if row.name == RING)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -181,18 +181,13 @@ class safe_open:
     def get_tensors(self) -> dict[str, Any]:
         """Every tensor by name, in the order of their offsets."""
         storage, tensors = self._storage, {}
-        begin: int | None = self._first
-        for name in self._real.offset_keys():  # one after the other, so nothing has to be looked up
+        for name, kind, shape, span in _spans(self._real, self._first):  # nothing has to be looked up
             assert storage is not None  # it would have raised
-            real = self._real.get_slice(name)
-            kind, shape = real.get_dtype(), real.get_shape()
-            end = begin + _length(kind, shape) if begin is not None and kind in DTYPE_BITS else None
             dtype = self._framework.dtypes.get(kind)
-            if begin is None or end is None or dtype is None:
+            if span is None or dtype is None:
                 tensors[name] = self.get_tensor(name)
             else:
-                tensors[name] = self._finish(self._make(storage, begin, end, dtype, shape))
-            begin = end
+                tensors[name] = self._finish(self._make(storage, *span, dtype, shape))
         return tensors
 
     def get_slice(self, name: str) -> Slice:
@@ -217,7 +212,8 @@ class safe_open:
         real = self._real.get_slice(name)
         assert storage is not None  # it would have raised
         if self._starts is None:
-            self._starts = _starts(self._real, self._first)
+            # No more than that: taking one of 10,000 tensors must not make 10,000 objects of each.
+            self._starts = {name: span[0] for name, _, _, span in _spans(self._real, self._first) if span}
         kind, start = real.get_dtype(), self._starts.get(name)
         dtype = self._framework.dtypes.get(kind)
         if dtype is None or start is None:
@@ -277,20 +273,19 @@ def _await_header(fd: int, size: int, opened: Opened) -> int:
     return 8 + length
 
 
-def _starts(real: Any, start: int) -> dict[str, int]:
-    """The offset in the file at which each tensor begins; the first one does at ``start``.
+def _spans(real: Any, begin: int) -> Iterator[tuple[str, str, list[int], tuple[int, int] | None]]:
+    """Each tensor's name, dtype, shape and bytes [begin, end) of the file, in their order; the first is at ``begin``.
 
-    Nothing more is kept: taking one of 10,000 tensors must not make 10,000 objects of each.
+    None from a dtype on that is newer than we are: where it ends is safetensors' to say.
     """
-    starts = {}
+    known = True
     for name in real.offset_keys():
         entry = real.get_slice(name)
-        kind = entry.get_dtype()
-        starts[name] = start
-        if kind not in DTYPE_BITS:
-            break  # newer than we are: where it ends is safetensors' to say
-        start += _length(kind, entry.get_shape())
-    return starts
+        kind, shape = entry.get_dtype(), entry.get_shape()
+        known = known and kind in DTYPE_BITS
+        end = begin + _length(kind, shape) if known else begin
+        yield name, kind, shape, (begin, end) if known else None
+        begin = end
 
 
 def _length(kind: str, shape: list[int]) -> int:

@@ -103,6 +103,11 @@ def over(device: object) -> None:
     """A test is done with a device: nobody reads for it any more."""
     if isinstance(device, Emulated):
         device.close()
-    for reader in readers():  # one that waits for bytes leaves when it hears that there are none
+    nobody_reads()
+
+
+def nobody_reads() -> None:
+    """Once the runs that are over have let go: one that waits for bytes leaves when it hears that there are none."""
+    for reader in readers():
         reader.join(10)
     assert not list(readers())

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tests.runtime.devices import Failing, Small, over, readers
+from tests.runtime.devices import Failing, Small, nobody_reads, over, readers
 from tests.runtime.files import Arriving, pack, pack_raw
 from tests.runtime.test_arriving import spans
 from weightcache.core.layout import DTYPE_BITS
@@ -221,9 +221,7 @@ def test_device_errors_come_out(tmp_path: Path) -> None:
         list(stream_file(path, device=Failing(fails=3)))
     with pytest.raises(torch.OutOfMemoryError):
         list(stream_file(path, device=Small(25_000_000)))
-    for reader in readers():
-        reader.join(10)
-    assert not list(readers())
+    nobody_reads()
 
 
 def test_a_small_tensor_keeps_no_more_than_its_slab(tmp_path: Path) -> None:

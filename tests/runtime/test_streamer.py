@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runtime.devices import Careless, Early, Failing, over, readers
+from tests.runtime.devices import Careless, Early, Failing, nobody_reads, over, readers
 from tests.runtime.files import Arriving
 from weightcache.errors import ConfigError, FormatError, LoadFailed
 from weightcache.runtime.device import Accelerator, Host, Target, target_of
@@ -227,9 +227,7 @@ def test_what_the_device_raises_comes_out_and_the_rest_is_left_alone(path: Path)
         pytest.raises(RuntimeError, match="fallen off the bus"),
     ):
         list(streamer.copy(cut(LocalFile(str(path)), into, BUFFER)))
-    for reader in readers():
-        reader.join(10)
-    assert not list(readers())
+    nobody_reads()
     device.close()
 
 
