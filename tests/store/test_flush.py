@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from weightcache.store import Flusher, Landing
+from weightcache.store import Flusher, Landing, flush
 
 PIECE = 1 << 20
 
@@ -54,7 +55,7 @@ def test_at_the_budget_it_is_full_until_the_disk_has_half(landing: Landing) -> N
     flusher.close()
 
 
-def test_below_a_quarter_nothing_is_written_out_until_the_blob_has_come(landing: Landing) -> None:
+def test_below_half_nothing_is_written_out_until_the_blob_has_come(landing: Landing) -> None:
     path = os.readlink(f"/proc/self/fd/{landing.fd}")
     flusher = Flusher(64 * PIECE, lambda full: None)
     land(flusher, landing, range(8))
@@ -65,6 +66,26 @@ def test_below_a_quarter_nothing_is_written_out_until_the_blob_has_come(landing:
     while flusher.dirty and not deadline.wait(0.01):
         pass
     assert open_descriptors(path) == 0, "an open descriptor would keep the blob from being evicted"
+    flusher.close()
+
+
+def test_the_budget_follows_what_the_kernel_allows(
+    landing: Landing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allow(size: int) -> None:
+        (tmp_path / "vmstat").write_text(f"nr_dirty 3\nnr_dirty_threshold {size // mmap.PAGESIZE}\nnr_free_pages 4\n")
+
+    monkeypatch.setattr(flush, "_STATISTICS", tmp_path / "vmstat")
+    said: list[bool] = []
+    allow(4 << 30)
+    flusher = Flusher(None, said.append)
+    flusher.landed(landing, 0, 900 << 20)
+    assert not said, "below half of 4 GiB"
+    allow(1 << 30)  # as when a process takes most of the host's memory
+    with flusher._work:
+        second = flusher.begin(os.dup(landing.fd))
+        flusher.landed(second, 0, PIECE)
+    assert said[0] is True
     flusher.close()
 
 

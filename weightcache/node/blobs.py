@@ -13,7 +13,7 @@ from weightcache.core.layout import MAX_CHUNKS
 from weightcache.core.manifest import Manifest
 from weightcache.core.snapshot import FileEntry
 from weightcache.node.compare import contradiction
-from weightcache.node.incoming import Incoming
+from weightcache.node.incoming import Incoming, Shared
 from weightcache.node.manifests import Manifests
 from weightcache.node.sharing import elsewhere
 from weightcache.node.swarm import Peer, Place, State, Swarm
@@ -178,9 +178,10 @@ class Blobs:
             return None
         local, unknown = await asyncio.to_thread(self._elsewhere, manifest)
         whole = any(state.has is True for state in self._states.get(blob, {}).values())
-        shared = await elsewhere(self._swarm, unknown) if not whole else {}
-        if unknown:  # some may have come meanwhile, with another blob
-            local, unknown = await asyncio.to_thread(self._elsewhere, manifest)
+        shared: Shared = {}
+        if unknown and not whole:
+            shared = await elsewhere(self._swarm, unknown)
+            local, unknown = await asyncio.to_thread(self._elsewhere, manifest)  # some may have come meanwhile
         level, states = rank(entry.path, entry.size), self._states.get(blob, {})
         coming = self._transfers.begin(entry, manifest, level, states, local, unknown, shared)
         if teller is not None:

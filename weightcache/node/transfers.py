@@ -59,7 +59,7 @@ from weightcache.node.receivers import Receivers
 from weightcache.node.report import Tally
 from weightcache.node.swarm import Peer, Place, State
 from weightcache.node.trust import Trust
-from weightcache.store import Flusher, Landing, Store, default_budget
+from weightcache.store import Flusher, Store
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Transfers:
             secrets.randbits(64), config.origin.streams, config.peer_bandwidth, config.origin.bandwidth,
             store.node_id, config.prefer,
         )  # fmt: skip
-        self._flusher = Flusher(config.dirty_budget or default_budget(), self._congested)
+        self._flusher = Flusher(config.dirty_budget, self._congested)
         self._incoming: dict[bytes, Incoming] = {}
         self._kin = Kin(self._incoming, store.node_id)
         self._requests: dict[int, tuple[Incoming, Fetch, set[int]]] = {}  # the set: chunks still to come
@@ -148,7 +148,7 @@ class Transfers:
         ``shared`` at peers: where its chunks are in other blobs; ``sought``: ids of those that are nowhere here."""
         had = self._store.had(manifest.blob)
         self._next_handle += 1
-        writer = Landing(self._store.open_writer(manifest.blob))
+        writer = self._flusher.begin(self._store.open_writer(manifest.blob))
         done = self._loop.create_future()
         done.add_done_callback(lambda done: done.cancelled() or done.exception())  # who waits will see it
         coming = Incoming(entry, manifest, had, writer, self._next_handle, rank, done, local=local, shared=shared)

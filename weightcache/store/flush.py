@@ -2,7 +2,7 @@
 
 Theory of operation. Once the dirty pages of the whole machine pass the kernel's limit, whoever writes is made to
 wait, and all loads fall to the disk's speed at once, the daemon's own index with them. So what lands is counted until
-it is on the disk. From a quarter of the budget on, a thread has the kernel write the oldest ranges out
+it is on the disk. From half of the budget on, a thread has the kernel write the oldest ranges out
 (``sync_file_range`` starts that without waiting) and waits for them in order; at the whole budget ``full`` turns
 true, and the planner asks for nothing until half of it is free again. Not from the first byte on: pages on their way
 to the disk make writers some 20% slower (``python -m bench dirty``). A store on tmpfs has nothing to write back: its
@@ -11,7 +11,9 @@ ranges are done at once.
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -20,16 +22,13 @@ from pathlib import Path
 from weightcache.store.files import flush_range, start_flush
 
 _LEAST = 256 << 20
-_RATIO, _BYTES = Path("/proc/sys/vm/dirty_ratio"), Path("/proc/sys/vm/dirty_bytes")
+_STATISTICS = Path("/proc/vmstat")
 
 
 def default_budget() -> int:
-    """Half of what the kernel lets be dirty, in bytes: the other half is for whoever else writes on this host."""
-    limit = int(_BYTES.read_text())
-    if not limit:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        limit = available * int(_RATIO.read_text()) // 100
-    return max(_LEAST, limit // 2)
+    """Half of what the kernel lets be dirty now, in bytes: the other half is for whoever else writes on this host."""
+    (pages,) = re.findall(r"^nr_dirty_threshold (\d+)$", _STATISTICS.read_text(), re.MULTILINE)
+    return max(_LEAST, int(pages) * mmap.PAGESIZE // 2)
 
 
 class Landing:
@@ -52,10 +51,14 @@ Range = tuple[Landing, int, int]  # with offset and length
 
 
 class Flusher:
-    """Counts what landed until the disk has it. ``changed(full)`` is called, from its thread, when ``full`` changes."""
+    """Counts what landed until the disk has it. ``changed(full)`` is called, from its thread, when ``full`` changes.
 
-    def __init__(self, budget: int, changed: Callable[[bool], None]) -> None:
-        self._budget = budget
+    ``budget``: in bytes; None: the kernel's word, asked anew for each blob, since it follows the free memory.
+    """
+
+    def __init__(self, budget: int | None, changed: Callable[[bool], None]) -> None:
+        self._given = budget
+        self._budget = budget or default_budget()
         self._changed = changed
         self._queue: deque[Range] = deque()  # not started
         self._started: deque[Range] = deque()
@@ -66,6 +69,12 @@ class Flusher:
         self._due = 0  # of them: written out however small the backlog
         self.dirty = 0  # bytes
         self.full = False
+
+    def begin(self, fd: int) -> Landing:
+        """A blob is going to be written, by this descriptor. Quick."""
+        with self._work:
+            self._budget = self._given or default_budget()
+        return Landing(fd)
 
     def landed(self, landing: Landing, offset: int, length: int) -> None:
         """Bytes were written. Quick."""
@@ -91,7 +100,7 @@ class Flusher:
 
     def _awake(self) -> bool:
         """Whether the thread has something to do."""
-        return self._closed or self._due > 0 or self.dirty > self._budget // 4
+        return self._closed or self._due > 0 or self.dirty > self._budget // 2
 
     def _set_full(self) -> None:
         full = self.dirty >= self._budget or (self.full and self.dirty > self._budget // 2)
