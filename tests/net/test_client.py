@@ -15,6 +15,9 @@ from weightcache.core.bitmap import ChunkSet
 from weightcache.core.ids import check, chunk_id
 from weightcache.core.layout import CHUNK
 from weightcache.core.wire import Kind
+from weightcache.net import client
+from weightcache.net.client import Peer, ReceiverConfig, Stream
+from weightcache.net.sockets import round_trip
 
 HANDLE = 7
 DATA = sample(0.25)  # one small chunk
@@ -72,18 +75,54 @@ def test_small_chunks_are_told_together_and_none_waits_for_what_is_still_due(
             assert [row[0] for rows in told for row in rows] == list(range(7))
             serve(peer)
             assert [row[0] for row in receiver.message("got").fields[1]] == [7]
-        ask(receiver, *range(10, 18))
+        ask(receiver, *range(10, 14))
         with Talker.accept(server) as peer:
             answers = b""
-            for _ in range(8):
+            for _ in range(4):
                 number = peer.frame().fields[0]
                 answers += peer.link.send(Kind.DATA, number, len(DATA), ID) + DATA
                 peer.link.moved(len(DATA))
             peer.sock.sendall(answers)
             rows, messages = 0, 0
-            while rows < 8:
+            while rows < 4:
                 rows, messages = rows + len(receiver.message("got").fields[1]), messages + 1
-            assert messages < 8
+            assert messages < 4
+
+
+def test_no_more_is_asked_for_than_keeps_the_peer_busy(server: socket.socket, target: Path) -> None:
+    data = sample(1)
+    with Receiver() as receiver:
+        aim(receiver, server.getsockname()[1], target)
+        ask(receiver, *range(5), expected=chunk_id(data), length=len(data))
+        with Talker.accept(server) as peer:
+            numbers = [peer.frame().fields[0], peer.frame().fields[0]]
+            for number in range(5):
+                assert peer.link.receive() is None, "the next request comes when one answer has"
+                peer.sock.sendall(peer.link.send(Kind.DATA, number, len(data), chunk_id(data)) + data)
+                peer.link.moved(len(data))
+                if number < 3:
+                    numbers.append(peer.frame().fields[0])
+            receiver.answers(5)
+    assert numbers == [0, 1, 2, 3, 4]
+    assert target.read_bytes() == data * 5
+
+
+def test_the_kernel_tells_how_far_a_peer_is(server: socket.socket) -> None:
+    with socket.create_connection(server.getsockname()) as one, server.accept()[0] as other:
+        one.sendall(b"?")
+        other.sendall(other.recv(1))
+        one.recv(1)
+        assert 0 < round_trip(one) < 1
+        assert 0 < round_trip(other) < 1
+
+
+def test_far_peers_are_asked_further_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as sock:
+        stream = Stream(Peer(SENDER, "127.0.0.1", 1), sock, ReceiverConfig(KEY, RECEIVER), 0.0)
+        for seconds, due in ((0.0, CHUNK), (0.0001, CHUNK), (0.01, 30_000_000), (0.2, 600_000_000)):
+            monkeypatch.setattr(client, "round_trip", lambda sock, seconds=seconds: seconds)
+            stream.measure()
+            assert stream.ahead == due
 
 
 @pytest.mark.parametrize("streams", [1, 3])

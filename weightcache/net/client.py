@@ -3,12 +3,14 @@
 Theory of operation. One thread, one epoll loop; nothing blocks but the disk. The node says which chunk to get from
 which peer and where it goes. A peer has up to ``streams`` connections (Stream), opened when they are first needed;
 each carries up to ``pipeline`` requests, which the peer answers in order, so an answer to anything but the oldest is
-garbage.
+garbage. The next one is sent when no more than AHEAD bytes are due, or what comes in a round trip: what exceeds the
+receive window would leave the peer's queue whenever this process acknowledges, at the cost of *its* time if the peer is
+near: with 16 MiB due it received at 0.7 of the speed from two peers, and took 1.5 times the CPU (bench/peer.py).
 
-A chunk arrives in a warm buffer, piece by piece, and each piece is hashed at once: it is still in the cache, and the
-peer fills the socket meanwhile (bench/landing.py has the numbers). While much is due the kernel wakes the loop only
-for LOW_WATER bytes. When the last piece is there, ``land`` compares and writes. Buffers are shared by all streams,
-the last one used first.
+A chunk arrives in a warm buffer, and what has come of it is hashed at once: it is still in the cache, and the peer
+fills the socket meanwhile (bench/landing.py has the numbers). While much is due the kernel wakes the loop only for
+LOW_WATER bytes. When all of it is there, ``land`` compares and writes. Buffers are shared by all streams, the last
+one used first.
 
 Every request is answered once, with "got" or "failed", unless it was cancelled or its blob closed. What one answer did
 wrong is charged to its request; the others of that connection fail as "reset".
@@ -51,12 +53,13 @@ from weightcache.errors import ProtocolError
 from weightcache.net.channel import Channel, Message, close_all
 from weightcache.net.handshake import DEADLINE, UNANSWERED, Handshake
 from weightcache.net.loop import Loop, configuration
-from weightcache.net.sockets import tune
+from weightcache.net.sockets import round_trip, tune
 
 # Bytes for which the kernel wakes the loop while at least as many are due. Only for sockets that do not block: a
 # blocking recv that has taken half of them sleeps until as many again have come, which may be never.
 LOW_WATER = 512 << 10
-PIECE = 1 << 20  # bytes taken from one connection in one turn, and hashed together
+AHEAD = CHUNK  # bytes: well below the least receive window that the kernel ends up with, which is 6 MiB
+FASTEST = 3e9  # bytes a second that one such process takes
 _SPARE_BUFFERS = 4  # kept for the next chunks
 # Answers are told when they are HELD bytes, or HELD_SECONDS old, or nothing else is due: each message costs the node a
 # turn, a commit and news to everyone, which for small chunks is more than the chunk itself.
@@ -115,8 +118,8 @@ class Stream:
     """One connection to a peer, and the requests it carries: ``queued`` (not sent yet), ``owed`` (sent, unanswered)."""
 
     __slots__ = (
-        "arrival", "connected", "deadline", "handshake", "link", "low_water", "moved_at", "out", "owed", "peer",
-        "queued", "sock",
+        "ahead", "arrival", "connected", "deadline", "handshake", "link", "low_water", "moved_at", "out", "owed",
+        "peer", "queued", "sock",
     )  # fmt: skip
 
     def __init__(self, peer: Peer, sock: socket.socket, config: ReceiverConfig, now: float) -> None:
@@ -129,6 +132,7 @@ class Stream:
         self.deadline = now + config.handshake
         self.moved_at = now
         self.low_water = 1
+        self.ahead = AHEAD
         self.queued: deque[Fetch] = deque()
         self.owed: deque[Fetch] = deque()
         self.arrival: Arrival | None = None
@@ -136,6 +140,15 @@ class Stream:
     def load(self) -> int:
         """Requests it carries."""
         return len(self.queued) + len(self.owed) + (self.arrival is not None)
+
+    def measure(self) -> None:
+        """Set what may be due when the next request is sent."""
+        self.ahead = max(AHEAD, int(round_trip(self.sock) * FASTEST))
+
+    def has_room(self) -> bool:
+        """Whether so little is due that the next request should be sent."""
+        arriving = self.arrival.fetch.length - self.arrival.got if self.arrival else 0
+        return arriving + sum(fetch.length for fetch in self.owed) <= self.ahead
 
 
 class Peer:
@@ -308,8 +321,7 @@ class Receiver:
                 count = stream.sock.recv_into(link.space())
                 link.filled(count)
             else:
-                end = min(arrival.got + PIECE, arrival.fetch.length)
-                count = stream.sock.recv_into(arrival.buffer[arrival.got : end])
+                count = stream.sock.recv_into(arrival.buffer[arrival.got : arrival.fetch.length])
                 self._arrived(stream, arrival, count)
         except BlockingIOError:
             return
@@ -320,6 +332,7 @@ class Receiver:
         stream.moved_at = self._loop.now
         if not stream.handshake.done:
             stream.out += stream.handshake.advance()
+            stream.measure()
         while stream.handshake.done and (frame := link.receive()):
             self._on_frame(stream, frame)
 
@@ -388,9 +401,9 @@ class Receiver:
             self._buffers.append(arrival.buffer)
 
     def _ask(self, stream: Stream) -> None:
-        """Send what waits: requests while the pipeline has room for them."""
+        """Send what waits: requests while there is room for them."""
         if stream.handshake.done:
-            while stream.queued and len(stream.owed) < self._config.pipeline:
+            while stream.queued and len(stream.owed) < self._config.pipeline and stream.has_room():
                 fetch = stream.queued.popleft()
                 if fetch.dead:
                     continue
@@ -424,6 +437,7 @@ class Receiver:
             elif not stream.handshake.done and now > stream.deadline:
                 self._end(stream, _Failure("stalled", f"no handshake within {config.handshake:g} s"))
             elif stream.owed or stream.arrival:
+                stream.measure()
                 if now - stream.moved_at > config.idle:
                     self._end(stream, _Failure("stalled", f"no byte for {config.idle:g} s"))
                 elif now - stream.moved_at > self._loop.tick:

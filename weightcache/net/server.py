@@ -40,6 +40,7 @@ from errno import EIO
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
 
 from weightcache.core.bitmap import ChunkSet
+from weightcache.core.layout import CHUNK
 from weightcache.core.manifest import Manifest
 from weightcache.core.pace import Pace
 from weightcache.core.wire import BUSY, MISSING, UNKNOWN, Kind, Link, Port, Role
@@ -50,7 +51,7 @@ from weightcache.net.loop import Loop, configuration
 from weightcache.net.sockets import tune
 from weightcache.net.table import read_table
 
-TURN = 1 << 20  # bytes one connection may send before the others have their turn
+TURN = CHUNK  # bytes one connection may send before the others have their turn
 TURNS = 200  # a second at least, under a bandwidth cap
 AHEAD = 1.0  # seconds' worth of answers begun at a time, under a bandwidth cap
 WANT_SECONDS = 5.0  # the node's time to answer "want"
