@@ -57,7 +57,11 @@ async def test_a_read_that_is_given_up_frees_its_thread_at_once(nginx: NginxServ
         (entry,) = (await ours.resolve(parse_source(f"http://127.0.0.1:{proxy.port}/plain/plain.bin"))).files
         proxy.stall("plain.bin", after=100_000)
         buffer = memoryview(bytearray(len(BODY)))
-        reading = asyncio.ensure_future(ours.read(entry, 0, len(BODY), lambda size: buffer, lambda piece: None))
+
+        async def room(size: int) -> memoryview:
+            return buffer
+
+        reading = asyncio.ensure_future(ours.read(entry, 0, len(BODY), room, lambda piece: None))
         async with asyncio.timeout(10):
             await asyncio.to_thread(wait_until, lambda: buffer[99_000] == BODY[99_000], what="the middle of the body")
             reading.cancel()

@@ -13,8 +13,8 @@ A chunk is (index, offset, length, expected id or b""). From it, besides answers
     failed [[request, kind, detail, wait, class], ...]
 
 One read is one attempt: when to try again, and whom to ask instead, is for the planner to say. What a read brings lies
-in its client's own memory until it has landed, or in buffers that are used again: fresh memory costs as much as hashing
-what is put into it. Its first chunks land while the last ones are on their way: other hosts wait for each of them.
+in its client's own memory until it has landed, or in rooms that are used again. Its first chunks land while the last
+ones are on their way: other hosts wait for each of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import mmap
 import os
 import socket
 import time
@@ -43,18 +42,17 @@ from weightcache.core.manifest import encode_manifest, encode_plan
 from weightcache.core.published import MAX_PUBLISHED_BYTES, check_head, decode_published, is_worth
 from weightcache.core.snapshot import FileEntry, decode_snapshot, encode_snapshot
 from weightcache.core.source import parse_source
-from weightcache.core.turns import ORIGIN_READ
 from weightcache.errors import OriginUnavailable, WeightcacheError, to_wire
 from weightcache.net.channel import close_all
 from weightcache.net.memory_file import memory_file, read_memory_file
 from weightcache.net.node_channel import ChannelClosed, NodeChannel
 from weightcache.node.arrivals import Arrivals, Chunk, Whole
 from weightcache.node.processes import usual_processes
+from weightcache.node.rooms import Pieces, Rooms
 from weightcache.origin import Origins
 
 BESIDE_SECONDS = 2.0  # that a published manifest may come later than the header
 LANDING_THREADS = max(2, usual_processes())  # hashing and writing release the interpreter's lock
-SPARE_BUFFERS = 4  # kept for the next reads
 REST_SECONDS = 1.0  # after the last of them until its memory is given back
 Result = TypeVar("Result")
 
@@ -78,7 +76,7 @@ class Reader:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(LANDING_THREADS, "land")
-        self._buffers: list[memoryview] = []
+        self._pieces: Pieces | None = None
         self._origins: Origins | None = None
 
     async def serve(self) -> None:
@@ -96,7 +94,8 @@ class Reader:
         match message:
             case ["config", settings]:
                 settings["file_roots"] = tuple(map(Path, settings["file_roots"]))
-                self._origins = Origins(OriginConfig(**settings))
+                config = OriginConfig(**settings)
+                self._origins, self._pieces = Origins(config), Pieces(config.streams)
             case ["resolve", call, source]:
                 self._call(call, self._resolve(source))
             case ["plan", call, file]:
@@ -186,35 +185,28 @@ class Reader:
 
     def _rest(self) -> None:
         """Give back what reads need, when there have been none for a while."""
-        if not self._tasks:
-            self._buffers.clear()
+        if not self._tasks and self._pieces is not None:
+            self._pieces.rest()
             with contextlib.suppress(AttributeError):  # only glibc keeps what was freed, and only it has the call
                 ctypes.CDLL(None).malloc_trim(0)
 
     async def _read(self, request: int, target: _Target, chunks: list[Chunk]) -> None:
         assert self._origins is not None
+        assert self._pieces is not None
         began = time.monotonic()
         begin, end = chunks[0][1], chunks[-1][1] + chunks[-1][2]
-        lent: list[memoryview] = []
-
-        def room(size: int) -> memoryview:
-            spare = self._buffers and size <= ORIGIN_READ
-            lent.append(self._buffers.pop() if spare else _buffer(max(size, ORIGIN_READ)))
-            return lent[-1][:size]
-
         arrivals = Arrivals(chunks, began)
         landings: list[asyncio.Future[None]] = []
+        with Rooms(self._pieces) as rooms:
 
-        def came(piece: memoryview) -> None:
-            if whole := arrivals.add(piece, time.monotonic()):
-                landings.append(self._land(request, target, whole, began))
+            def came(piece: memoryview) -> None:
+                if whole := arrivals.add(piece, time.monotonic()):
+                    landings.append(self._land(request, target, whole, began, rooms))
 
-        try:
-            await self._origins.read(target.entry, begin, end, room, came)
-        finally:
-            await asyncio.gather(*landings)
-        # Only now: when it did not end well, a thread may still be at it.
-        self._buffers += lent[: SPARE_BUFFERS - len(self._buffers)]
+            try:
+                await self._origins.read(target.entry, begin, end, rooms.room, came)
+            finally:
+                await asyncio.gather(*landings)
 
     async def _stream(self, request: int, target: _Target, chunks: list[Chunk]) -> None:
         """Read the whole object in order and keep what is wanted of it."""
@@ -241,7 +233,9 @@ class Reader:
         began = time.monotonic()
         await self._land(request, target, [(chunk, [memoryview(await read)])], began)
 
-    def _land(self, request: int, target: _Target, chunks: Whole, began: float) -> asyncio.Future[None]:
+    def _land(
+        self, request: int, target: _Target, chunks: Whole, began: float, rooms: Rooms | None = None
+    ) -> asyncio.Future[None]:
         """Land chunks one after the other, up to the first that fails; tell of all at once."""
         fd = os.dup(target.fd)  # at once: the blob may be closed before a thread is free
         landed: list[list[Any]] = []
@@ -264,6 +258,9 @@ class Reader:
             finally:
                 if landed:
                     self._post("got", landed)
+                if rooms is not None:
+                    for _, pieces in chunks[: len(landed)]:
+                        rooms.landed(pieces)
 
         return asyncio.ensure_future(tell())
 
@@ -276,11 +273,6 @@ class Reader:
     def _post(self, *message: Any, fds: Sequence[int] = ()) -> None:
         with contextlib.suppress(ChannelClosed):
             self._channel.post(*message, fds=fds)
-
-
-def _buffer(size: int) -> memoryview:
-    """Memory that counts from its first use on, and is given back when it is dropped: malloc's does neither."""
-    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _believed(found: bytes, entry: FileEntry, plan: ChunkPlan, head: bytes) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -25,7 +25,7 @@ PIECE = 1 << 20  # bytes: the most that ``stream`` yields at once
 PATIENCE = 0.05  # seconds after which what has come of a read is handed on, though more is due
 SLOWEST = 64 << 10  # bytes/s: an origin that trickles more slowly than this has failed
 
-Room = Callable[[int], memoryview]  # memory for so many bytes
+Room = Callable[[int], Awaitable[memoryview]]  # memory for the next of so many bytes that are due
 Came = Callable[[memoryview], None]  # is given the bytes of a read in order, as they come
 
 _TAG = re.compile(r'(?P<weak>W/)?"?(?P<tag>[\x21\x23-\x7e]{1,1000})"?')
@@ -74,10 +74,15 @@ class Origin(Protocol):
         ...
 
 
+async def fresh(size: int) -> memoryview:
+    """Room that is used once."""
+    return memoryview(bytearray(size))
+
+
 async def read_whole(origin: Origin, entry: FileEntry, begin: int, end: int) -> bytes:
     """What ``Origin.read`` brings, in one: for small things."""
     parts: list[memoryview] = []
-    await origin.read(entry, begin, end, lambda size: memoryview(bytearray(size)), parts.append)
+    await origin.read(entry, begin, end, fresh, parts.append)
     return b"".join(parts)
 
 

@@ -33,9 +33,11 @@ class FileOrigin:
         return await asyncio.to_thread(self._resolve, source)
 
     async def read(self, entry: FileEntry, begin: int, end: int, room: Room, came: Came) -> None:
-        buffer = room(end - begin)
-        await asyncio.to_thread(self._read, entry, begin, buffer)
-        came(buffer)
+        while begin < end:
+            buffer = await room(end - begin)
+            await asyncio.to_thread(self._read, entry, begin, buffer)
+            came(buffer)
+            begin += len(buffer)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         for begin in range(0, entry.size, PIECE):

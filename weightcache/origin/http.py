@@ -20,8 +20,7 @@ from weightcache.origin.base import (
     Came,
     Room,
     allowance,
-    changed,
-    check_state,
+    fresh,
     one_file,
     refused,
     strong_tag,
@@ -69,16 +68,11 @@ class HttpOrigin:
     async def read(self, entry: FileEntry, begin: int, end: int, room: Room, came: Came) -> None:
         headers = {"Range": f"bytes={begin}-{end - 1}", **_condition(entry)}
         async with self._get(entry.source, headers) as response:
-            answer = _checked(entry, response)
-            if (answer.begin, answer.end) != (begin, end):
-                got = f"bytes {answer.begin} to {answer.end}"
-                raise SourceError(f"{entry.source.public}: asked for bytes {begin} to {end}, its server answers {got}")
-            buffer = room(end - begin)
-            await web.fill(entry.source, response, 0, buffer, allowance(self._timeout, len(buffer)), came)
+            await web.read_range(entry, response, begin, end, room, came, self._timeout)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         async with self._get(entry.source, _condition(entry)) as response:
-            answer = _checked(entry, response)
+            answer = web.checked(entry, response)
             if answer.end - answer.begin != entry.size:
                 raise SourceError(f"{entry.source.public}: asked for the whole, its server answers a part")
             async for piece in web.flow(entry.source, response, entry.size):
@@ -96,9 +90,9 @@ class HttpOrigin:
             size = web.read_answer(source, response).total
             if size > limit:
                 raise too_long(source, limit)
-            data = bytearray(size)
-            await web.fill(source, response, 0, memoryview(data), allowance(self._timeout, size))
-            return bytes(data)
+            parts: list[memoryview] = []
+            await web.fill(source, response, 0, size, fresh, allowance(self._timeout, size), parts.append)
+            return b"".join(parts)
 
     async def publish(self, entry: FileEntry, data: bytes, *, replace: bool) -> bool:
         raise unwritable(entry, "nothing can be written to a web server")
@@ -149,16 +143,3 @@ def _condition(entry: FileEntry) -> dict[str, str]:
     if kind == "modified":
         return {"If-Unmodified-Since": format_datetime(datetime.fromisoformat(value), usegmt=True)}
     return {}
-
-
-def _checked(entry: FileEntry, response: web.Reply) -> web.Answer:
-    """The claims of an answer to a conditional GET; SourceChanged when they are not of the resolved version."""
-    if response.status == 412:
-        raise changed(entry, "something else")
-    if response.status == 416:
-        raise changed(entry, "shorter")
-    if response.status not in (200, 206):
-        raise refused(entry.source, response.status, retry_after=web.retry_after(response))
-    answer = web.read_answer(entry.source, response)
-    check_state(entry, version_of(answer.tag, answer.modified), answer.total)
-    return answer

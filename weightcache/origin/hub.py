@@ -90,8 +90,7 @@ class HubOrigin:
                 got = f"bytes {answer.begin} to {answer.end}"
                 raise SourceError(f"{entry.source.public}: asked for bytes {begin} to {end}, the hub answers {got}")
             time_limit = allowance(self._timeout, answer.end - answer.begin)
-            buffer = room(end - begin)
-            await web.fill(entry.source, response, begin - answer.begin, buffer, time_limit, came)
+            await web.fill(entry.source, response, begin - answer.begin, end - begin, room, time_limit, came)
 
     async def stream(self, entry: FileEntry) -> AsyncGenerator[Buffer, None]:
         async with self._get(entry, {}) as (response, answer):

@@ -21,9 +21,23 @@ from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 from urllib.request import getproxies, proxy_bypass
 
+from weightcache.core.snapshot import FileEntry
 from weightcache.core.source import Source
 from weightcache.errors import SourceError, WeightcacheError
-from weightcache.origin.base import PATIENCE, PIECE, Came, broke_off, check_size, unavailable
+from weightcache.origin.base import (
+    PATIENCE,
+    PIECE,
+    Came,
+    Room,
+    allowance,
+    broke_off,
+    changed,
+    check_size,
+    check_state,
+    refused,
+    unavailable,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -196,22 +210,49 @@ def retry_after(response: Reply) -> float | None:
 
 
 async def fill(
-    source: Source, response: Reply, skip: int, buffer: memoryview, seconds: float, came: Came = lambda _: None
+    source: Source, response: Reply, skip: int, length: int, room: Room, seconds: float, came: Came = lambda _: None
 ) -> None:
-    """Fill ``buffer`` from a body, after ``skip`` bytes; what follows is not read. ``came`` is given each part of it.
+    """Take ``length`` bytes of a body, after ``skip`` bytes; what follows is not read. ``came`` is given each part.
 
     Raises OriginUnavailable when the body ends early, or takes longer than ``seconds``.
     """
-    at = 0
+    left, count = length, -1
     with errors(source):
         async with asyncio.timeout(seconds):
             while skip and (count := await response.take(memoryview(bytearray(skip)))):
                 skip -= count
-            while at < len(buffer) and (count := await response.take(buffer[at:])):
-                came(buffer[at : at + count])
-                at += count
-    if at < len(buffer):
-        raise broke_off(source, at, len(buffer))
+            while left and count:
+                buffer = await room(left)
+                while buffer and (count := await response.take(buffer)):
+                    came(buffer[:count])
+                    left -= count
+                    buffer = buffer[count:]
+    if left:
+        raise broke_off(source, length - left, length)
+
+
+def checked(entry: FileEntry, response: Reply) -> Answer:
+    """The claims of an answer to a conditional GET; SourceChanged when they are not of the resolved version."""
+    if response.status == 412:
+        raise changed(entry, "something else")
+    if response.status == 416:
+        raise changed(entry, "shorter")
+    if response.status not in (200, 206):
+        raise refused(entry.source, response.status, retry_after=retry_after(response))
+    answer = read_answer(entry.source, response)
+    check_state(entry, version_of(answer.tag, answer.modified), answer.total)
+    return answer
+
+
+async def read_range(
+    entry: FileEntry, response: Reply, begin: int, end: int, room: Room, came: Came, timeout: float
+) -> None:
+    """The body of a conditional GET for bytes [begin, end), as ``Origin.read`` brings it."""
+    answer = checked(entry, response)
+    if (answer.begin, answer.end) != (begin, end):
+        got = f"bytes {answer.begin} to {answer.end}"
+        raise SourceError(f"{entry.source.public}: asked for bytes {begin} to {end}, its server answers {got}")
+    await fill(entry.source, response, 0, end - begin, room, allowance(timeout, end - begin), came)
 
 
 async def flow(source: Source, response: Reply, length: int) -> AsyncGenerator[memoryview, None]:
