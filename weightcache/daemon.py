@@ -17,7 +17,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import uvloop
 from aiohttp import web
@@ -52,8 +52,8 @@ STOP_SECONDS = 1.0  # that connections get to end by themselves
 MAX_BODY = 1 << 20
 
 _NODE = web.AppKey("node", Node)
-_UNDER_WAY = web.AppKey("under_way", set["asyncio.Task[Any]"])  # requests
-_BEGUN = "begun"  # of a request: the stream that is its answer
+# Requests, each with the stream that is its answer, if that has begun.
+_UNDER_WAY = web.AppKey("under_way", dict["asyncio.Task[Any]", web.StreamResponse | None])
 _STATUS: tuple[tuple[type[WeightcacheError], int], ...] = (
     (SourceNotFound, 404),
     (UnknownBlob, 404),
@@ -73,7 +73,7 @@ def build_app(node: Node) -> web.Application:
     """The whole HTTP face of a node."""
     app = web.Application(client_max_size=MAX_BODY, middlewares=[_errors])
     app[_NODE] = node
-    app[_UNDER_WAY] = set()
+    app[_UNDER_WAY] = {}
     app.on_shutdown.append(_hang_up)
     app.add_routes(
         [
@@ -111,20 +111,25 @@ def build_monitor(node: Node) -> web.Application:
 async def _errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    task = asyncio.current_task()
-    assert task is not None
-    request.app[_UNDER_WAY].add(task)
+    request.app[_UNDER_WAY][_this()] = None
     try:
         return await handler(request)
     except WeightcacheError as error:
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
         _log_failure(request, error)
-        if (begun := request.get(_BEGUN)) is None:
+        if (begun := request.app[_UNDER_WAY][_this()]) is None:
             return web.json_response(_error(error), status=status)
         await _say(begun, {"event": "error"} | _error(error))
-        return cast(web.StreamResponse, begun)
+        return begun
     finally:
-        request.app[_UNDER_WAY].discard(task)
+        del request.app[_UNDER_WAY][_this()]
+
+
+def _this() -> asyncio.Task[Any]:
+    """The request that is being answered."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _log_failure(request: web.Request, error: WeightcacheError) -> None:
@@ -268,7 +273,7 @@ def _show(entry: FileEntry, manifest: Manifest) -> Json:
 async def _lines(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
-    request[_BEGUN] = response
+    request.app[_UNDER_WAY][_this()] = response
     return response
 
 

@@ -25,7 +25,7 @@ class Exchange:
     """One request and the bytes of body that were sent to answer it."""
 
     method: str
-    path: str
+    path: str  # without its query, which may be a signature
     range: str
     sent: int = 0
 
@@ -253,7 +253,7 @@ async def _read_head(reader: asyncio.StreamReader) -> bytes:
 def _parse(head: bytes) -> Exchange:
     method, path, _ = head.split(b" ", 2)
     found = re.search(rb"(?im)^range: *([^\r]*)", head)
-    return Exchange(method.decode(), path.decode("latin-1"), found[1].decode() if found else "")
+    return Exchange(method.decode(), path.decode("latin-1").partition("?")[0], found[1].decode() if found else "")
 
 
 def _body_length(head: bytes) -> int:

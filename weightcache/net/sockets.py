@@ -10,9 +10,9 @@ import struct
 from weightcache.errors import DaemonError
 
 _BACKLOG = 1024
-# A peer whose host vanished is noticed after about a minute, also on an idle connection.
-_MIN_RTT = 148  # where TCP_INFO has it, as microseconds or _NEVER
+_MIN_RTT = 148  # where TCP_INFO has it, in microseconds, or _NEVER
 _NEVER = 0xFFFFFFFF
+# A peer whose host vanished is noticed after about a minute, also on an idle connection.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 
