@@ -25,7 +25,8 @@ class Exchange:
     """One request and the bytes of body that were sent to answer it."""
 
     method: str
-    path: str  # without its query, which may be a signature
+    path: str
+    query: str  # a signature, perhaps
     range: str
     sent: int = 0
 
@@ -251,9 +252,10 @@ async def _read_head(reader: asyncio.StreamReader) -> bytes:
 
 
 def _parse(head: bytes) -> Exchange:
-    method, path, _ = head.split(b" ", 2)
+    method, target, _ = head.decode("latin-1").split(" ", 2)
+    path, _, query = target.partition("?")
     found = re.search(rb"(?im)^range: *([^\r]*)", head)
-    return Exchange(method.decode(), path.decode("latin-1").partition("?")[0], found[1].decode() if found else "")
+    return Exchange(method, path, query, found[1].decode() if found else "")
 
 
 def _body_length(head: bytes) -> int:
