@@ -68,8 +68,9 @@ def test_a_host_that_dies_is_made_up_for(s3: S3Server, tmp_path: Path) -> None:
     data = tensors(64, TENSOR, seed=1)
     s3.put("main", "dies.safetensors", data)
     source = "s3://main/dies.safetensors"
-    s3.proxy.stall(r"dies\.safetensors$", after=NEVER, times=12)  # versions, headers and a few reads pass,
-    stall = s3.proxy.stall(r"dies\.safetensors$", after=TENSOR // 2, times=1000)  # all others hang
+    # Versions, headers and a few reads pass, all others hang.
+    s3.proxy.stall(r"dies\.safetensors$", after=NEVER, times=4, begin=1)
+    stall = s3.proxy.stall(r"dies\.safetensors$", after=TENSOR // 2, times=1000, begin=1)
     with ExitStack() as stack:
         *living, dying = herd(tmp_path, stack, s3.env())
         with ThreadPoolExecutor(HOSTS) as threads:

@@ -147,9 +147,9 @@ def test_workers_of_every_host_read_the_same_tensors(fleet: Fleet, s3: S3Server,
 def test_a_tensor_is_usable_while_the_rest_is_on_its_way(s3: S3Server, tmp_path: Path) -> None:
     data = tensors(27, ORIGIN_READ // 4)  # several of them in each read, the last one, too
     s3.put("main", "arriving.safetensors", data)
-    # Its version, digest and header, and one read pass,
-    s3.proxy.stall(r"arriving\.safetensors$", after=NEVER, times=4)
-    s3.proxy.stall(r"arriving\.safetensors$", times=1000)  # all others wait
+    # Its version, its header and one read pass, all others wait.
+    s3.proxy.stall(r"arriving\.safetensors$", after=NEVER, begin=1)
+    s3.proxy.stall(r"arriving\.safetensors$", times=1000, begin=1)
     host = Daemon(tmp_path / "a")
     with host, Worker(tmp_path / "log", host.worker_env) as worker:
         worker.run("from weightcache.runtime import safe_open")
@@ -168,11 +168,9 @@ def test_a_host_that_joins_late_is_used_and_uses(s3: S3Server, tmp_path: Path) -
     data = tensors(16, ORIGIN_READ // 4)
     s3.put("main", "late.safetensors", data)
     source, slow = "s3://main/late.safetensors", {"WEIGHTCACHE_ORIGIN_STREAMS": "2"}
-    s3.proxy.stall(r"late\.safetensors$", after=NEVER, times=4)  # its version, digest and header, and one read pass,
-    stalls = [
-        s3.proxy.stall(r"late\.safetensors$"),
-        s3.proxy.stall(r"late\.safetensors$"),
-    ]  # and then the first host is stuck
+    # Its version, its header and one read pass, and then the first host is stuck.
+    s3.proxy.stall(r"late\.safetensors$", after=NEVER, begin=1)
+    stalls = [s3.proxy.stall(r"late\.safetensors$", begin=1) for _ in range(2)]
     early = Daemon(tmp_path / "a", env=slow)
     late = Daemon(tmp_path / "b", peers=(early,), env=slow)
     with early, ThreadPoolExecutor() as threads:
