@@ -75,18 +75,19 @@ def test_small_chunks_are_told_together_and_none_waits_for_what_is_still_due(
             assert [row[0] for rows in told for row in rows] == list(range(7))
             serve(peer)
             assert [row[0] for row in receiver.message("got").fields[1]] == [7]
-        ask(receiver, *range(10, 14))
+        small = sample(0.1)
+        ask(receiver, *range(10, 18), expected=chunk_id(small), length=len(small))
         with Talker.accept(server) as peer:
             answers = b""
-            for _ in range(4):
+            for _ in range(8):
                 number = peer.frame().fields[0]
-                answers += peer.link.send(Kind.DATA, number, len(DATA), ID) + DATA
-                peer.link.moved(len(DATA))
+                answers += peer.link.send(Kind.DATA, number, len(small), chunk_id(small)) + small
+                peer.link.moved(len(small))
             peer.sock.sendall(answers)
             rows, messages = 0, 0
-            while rows < 4:
+            while rows < 8:
                 rows, messages = rows + len(receiver.message("got").fields[1]), messages + 1
-            assert messages < 4
+            assert messages < 8
 
 
 def test_no_more_is_asked_for_than_keeps_the_peer_busy(server: socket.socket, target: Path) -> None:

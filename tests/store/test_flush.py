@@ -81,11 +81,15 @@ def test_the_budget_follows_what_the_kernel_allows(
     flusher = Flusher(None, said.append)
     flusher.landed(landing, 0, 900 << 20)
     assert not said, "below half of 4 GiB"
-    allow(1 << 30)  # as when a process takes most of the host's memory
-    with flusher._work:
+    with flusher._work:  # its thread stands still
+        allow(1 << 30)  # as when a process takes most of the host's memory
         second = flusher.begin(os.dup(landing.fd))
-        flusher.landed(second, 0, PIECE)
-    assert said[0] is True
+        assert said == [True], "who fetches hears of it at once"
+        allow(4 << 30)
+        third = flusher.begin(os.dup(landing.fd))
+        assert said == [True, False]
+    for unused in (second, third):
+        flusher.ended(unused)
     flusher.close()
 
 

@@ -176,7 +176,7 @@ class Transfers:
             self._end(coming, error or WeightcacheError(f"{coming.entry.path}: nobody waits for it any more"))
 
     def _congested(self, full: bool) -> None:
-        """From the flusher's thread: the disk is behind, or has caught up."""
+        """From any thread: the disk is behind, or has caught up."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._feed, Congested(full))
 

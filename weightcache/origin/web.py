@@ -209,9 +209,7 @@ def retry_after(response: Reply) -> float | None:
     return min(max(seconds, 0.0), LONGEST_WAIT)
 
 
-async def fill(
-    source: Source, response: Reply, skip: int, length: int, room: Room, seconds: float, came: Came = lambda _: None
-) -> None:
+async def fill(source: Source, response: Reply, skip: int, length: int, room: Room, seconds: float, came: Came) -> None:
     """Take ``length`` bytes of a body, after ``skip`` bytes; what follows is not read. ``came`` is given each part.
 
     Raises OriginUnavailable when the body ends early, or takes longer than ``seconds``.

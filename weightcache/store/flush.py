@@ -51,7 +51,7 @@ Range = tuple[Landing, int, int]  # with offset and length
 
 
 class Flusher:
-    """Counts what landed until the disk has it. ``changed(full)`` is called, from its thread, when ``full`` changes.
+    """Counts what landed until the disk has it. ``changed(full)`` is called, from any thread, when ``full`` changes.
 
     ``budget``: in bytes; None: the kernel's word, asked anew for each blob, since it follows the free memory.
     """
@@ -74,6 +74,7 @@ class Flusher:
         """A blob is going to be written, by this descriptor. Quick."""
         with self._work:
             self._budget = self._given or default_budget()
+            self._set_full()  # where it has grown, perhaps nothing wakes the thread that would say so
         return Landing(fd)
 
     def landed(self, landing: Landing, offset: int, length: int) -> None:
